@@ -8,7 +8,7 @@ from pyro_em.errors import UsageError, message
 from pyro_em.fitting.call import Call
 from pyro_em.fitting.chunked import chunked, chunks_in
 from pyro_em.fitting.guarded import Guarded
-from pyro_em.fitting.kept_fit import Kept
+from pyro_em.fitting.kept_fit import KeptFit
 from pyro_em.fitting.online_fit import fit_online
 from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.progress import Bar
@@ -42,14 +42,16 @@ def fit_exactly(call: Call, program: Program) -> EMResult:
         call = replace(call, wishes=joined.watched(call.wishes))
     kept = None
     if call.checkpoint is not None and call.wishes.online is None:
-        kept = Kept.of(call.checkpoint, program, call.session, call.wishes, call.origin, call.begin)
+        kept = KeptFit.of(
+            call.checkpoint, program, call.session, call.wishes, call.origin, call.begin
+        )
     # What is resumed has the random state of the first process.
     is_resumed = call.checkpoint is not None and call.checkpoint.saved is not None
     with same_random_state(call.together is not None and is_resumed):
         return _fit(call, program, data, kept)
 
 
-def _fit(call: Call, program: Program, data: Parted | None, kept: Kept | None) -> EMResult:
+def _fit(call: Call, program: Program, data: Parted | None, kept: KeptFit | None) -> EMResult:
     session, wishes = call.session, call.wishes
     refuse_stochastic_keywords(wishes.stochastic(), session.request.guide is not None)
     check_acceleration(wishes.acceleration, program.is_monotone and program.strategy is None)

@@ -20,7 +20,7 @@ from pyro_em.tracing.randomness import set_random_state
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class KeptFit:
     """The keeper of a fit, and what its file held.
 
     Attributes:
@@ -40,7 +40,7 @@ class Kept:
         wishes: FitWishes,
         origin: Origin,
         begin: float,
-    ) -> Kept:
+    ) -> KeptFit:
         """The keeper of a fit that has been held against its checkpoint.
 
         Args:

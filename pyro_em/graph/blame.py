@@ -31,7 +31,7 @@ _NOT_THE_USERS = (
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class CodeLine:
     """The innermost line of the user's code that an exception went through.
 
     Attributes:
@@ -121,7 +121,7 @@ class Place:
         return found
 
 
-def place_of(error: BaseException) -> Place | None:
+def place_of(error: BaseException) -> CodeLine | None:
     """Where in the user's code an exception was raised; None where it was not."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -135,7 +135,7 @@ def place_of(error: BaseException) -> Place | None:
         return None
     code = found.tb_frame.f_code
     text = _segment(code, found.tb_lasti, found.tb_frame)
-    return Place(_named(code.co_filename), found.tb_lineno, text, found.tb_frame)
+    return CodeLine(_named(code.co_filename), found.tb_lineno, text, found.tb_frame)
 
 
 def _named(path: str) -> str:

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.graph.jacobians import Coefficients, Jacobian, Place, one_each
+from pyro_em.graph.jacobians import Coefficients, SiteJacobian, SitePlace, one_each
 from pyro_em.tracing.without_sympy import pull_back_all
 
 _FEWEST = 8  # latents of a series that are looked at together
 
 
 def collected(
-    place: Place,
+    place: SitePlace,
     loc: Tensor,
     latents: Sequence[str],
     values: Mapping[str, Tensor],
@@ -63,8 +63,8 @@ def collected(
 
 
 def jacobian_of_all(
-    place: Place, loc: Tensor, leaves: Sequence[Tensor], event_dim: int
-) -> Jacobian:
+    place: SitePlace, loc: Tensor, leaves: Sequence[Tensor], event_dim: int
+) -> SiteJacobian:
     """∂loc/∂h in latents of one shape, as one with the elements of all."""
     first = leaves[0]
     batch = first.dim() - event_dim
@@ -85,4 +85,4 @@ def jacobian_of_all(
         return torch.zeros_like(v) if out is None else out
 
     leaf = torch.cat([x.detach().reshape(count, q) for x in leaves])
-    return Jacobian(place, loc, leaf, forward, len(leaf), q)
+    return SiteJacobian(place, loc, leaf, forward, len(leaf), q)

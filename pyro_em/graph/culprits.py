@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyro_em.errors import Finding
-from pyro_em.graph.jacobians import Place, refusal
+from pyro_em.graph.jacobians import SitePlace, refusal
 from pyro_em.graph.linearity import breaks_of
 from pyro_em.graph.lines import is_gaussian
 from pyro_em.graph.means import reaching, refusals
@@ -53,7 +53,7 @@ def culprits(run: Run, values: Mapping[str, Tensor]) -> Culprits:
                 alone.setdefault(latent, finding)
         if not is_gaussian(site["fn"]):
             continue
-        for found in breaks_of(Place.loc(site), values):
+        for found in breaks_of(SitePlace.loc(site), values):
             every = sorted(found.alone.union(*found.factors))
             finding = refusal(every, f"site '{name}'", f"its loc: {found.words}.")
             for latent in found.alone:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_em.errors import ModelError, message, sites_in_words
 from pyro_em.graph.binding import Binding
-from pyro_em.graph.jacobians import Jacobian
+from pyro_em.graph.jacobians import SiteJacobian
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.lines import Line, NotLinear, Read
 from pyro_em.graph.means import Mean, means_of
@@ -124,7 +124,7 @@ def _are_followed(
     for i, (mean, full) in enumerate(zip(means, whole, strict=True)):
         a, b = mean.at(directions), full.offset
         for latent in dict.fromkeys(name for name, _ in mean.reads):
-            jacobian = Jacobian.of(mean.place, mean.loc, values[latent], run.sites[latent])
+            jacobian = SiteJacobian.of(mean.place, mean.loc, values[latent], run.sites[latent])
             b = b + jacobian.of_all(directions[latent].reshape(jacobian.count, jacobian.q))
         weights = random_like(torch.broadcast_tensors(a, b)[0].detach(), 47 + i)
         claimed.append((a * weights).sum())
@@ -152,7 +152,7 @@ def _with_elements_of(
     for mean in means:
         reads = []
         for latent, c in known[mean.site].reads:
-            jacobian = Jacobian.of(mean.place, mean.loc, values[latent], run.sites[latent])
+            jacobian = SiteJacobian.of(mean.place, mean.loc, values[latent], run.sites[latent])
             reads.append((latent, replace(c, values=jacobian.coefficient(c.only))))
         out.append(replace(mean, reads=tuple(reads)))
     return out

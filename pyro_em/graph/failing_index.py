@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import DataError, Finding, sites_in_words
-from pyro_em.graph.blame import Place
+from pyro_em.graph.blame import CodeLine
 from pyro_em.graph.failing_words import (
     dtype_in_words,
     is_site,
@@ -26,7 +26,7 @@ _FLOAT_COUNTS = ("Bernoulli", "Binomial", "BetaBinomial", "Poisson", "Geometric"
 def of_index(
     error: Exception,
     text: str,
-    place: Place | None,
+    place: CodeLine | None,
     latents: Mapping[str, str],
     values: Mapping[str, Tensor],
 ) -> Finding | None:
@@ -54,12 +54,12 @@ def of_index(
     return _one_integer(place, container, latents, values)
 
 
-def _indices(place: Place | None) -> dict[str, Tensor]:
+def _indices(place: CodeLine | None) -> dict[str, Tensor]:
     return {} if place is None else place.indices
 
 
 def _floats(
-    place: Place | None, latents: Mapping[str, str], values: Mapping[str, Tensor]
+    place: CodeLine | None, latents: Mapping[str, str], values: Mapping[str, Tensor]
 ) -> Finding:
     """Floating point numbers as an index of a tensor."""
     used = {w: t for w, t in _indices(place).items() if t.is_floating_point()}
@@ -123,7 +123,7 @@ def _one_hot(names: list[str], at: str) -> Finding:
 
 
 def _one_integer(
-    place: Place | None,
+    place: CodeLine | None,
     container: Any,
     latents: Mapping[str, str],
     values: Mapping[str, Tensor],
@@ -163,7 +163,7 @@ def _one_integer(
 
 
 def _key(
-    key: Tensor, place: Place | None, latents: Mapping[str, str], values: Mapping[str, Tensor]
+    key: Tensor, place: CodeLine | None, latents: Mapping[str, str], values: Mapping[str, Tensor]
 ) -> Finding:
     """A tensor as the key of a dict."""
     used = _indices(place) or {"z": key}
@@ -181,7 +181,7 @@ def _key(
 
 
 def _beyond(
-    text: str, place: Place | None, latents: Mapping[str, str], values: Mapping[str, Tensor]
+    text: str, place: CodeLine | None, latents: Mapping[str, str], values: Mapping[str, Tensor]
 ) -> Finding | None:
     """An index that is larger than the tensor."""
     said = re.search(r"index (-?\d+) is out of bounds for dimension (\d+) with size (\d+)", text)

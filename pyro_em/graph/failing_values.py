@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import Finding
-from pyro_em.graph.blame import Place, local_of_raiser
+from pyro_em.graph.blame import CodeLine, local_of_raiser
 from pyro_em.graph.failing_words import are_given, place_in_words, where_it_is
 
 
@@ -49,7 +49,7 @@ _NUMBER_OF_A_LATENT = _Complaint(
 
 
 def of_branch(
-    text: str, place: Place | None, latents: Mapping[str, str], values: Mapping[str, Tensor]
+    text: str, place: CodeLine | None, latents: Mapping[str, str], values: Mapping[str, Tensor]
 ) -> Finding | None:
     """What to say of ``if`` on a tensor; None where the error is another one."""
     if "Boolean value of Tensor" not in text and "is ambiguous" not in text:
@@ -58,7 +58,7 @@ def of_branch(
 
 
 def of_number(
-    text: str, place: Place | None, latents: Mapping[str, str], values: Mapping[str, Tensor]
+    text: str, place: CodeLine | None, latents: Mapping[str, str], values: Mapping[str, Tensor]
 ) -> Finding | None:
     """What to say of a tensor as a Python number; None where the error is another one."""
     if "converted to Scalar" not in text and "converted to Python scalars" not in text:
@@ -69,7 +69,7 @@ def of_number(
 def _of_one_value(
     of_tensor: _Complaint,
     of_latent: _Complaint,
-    place: Place | None,
+    place: CodeLine | None,
     latents: Mapping[str, str],
     values: Mapping[str, Tensor],
 ) -> Finding:
@@ -85,7 +85,7 @@ def _of_one_value(
     )
 
 
-def of_scale(error: Exception, place: Place | None) -> Finding:
+def of_scale(error: Exception, place: CodeLine | None) -> Finding:
     """What to say of a scale that is not positive."""
     held = local_of_raiser(error, "scale")
     scale = torch.as_tensor(held["scale"]) if held is not None else torch.zeros(())
@@ -110,7 +110,7 @@ def of_scale(error: Exception, place: Place | None) -> Finding:
     )
 
 
-def of_validation(error: Exception, place: Place | None) -> Finding | None:
+def of_validation(error: Exception, place: CodeLine | None) -> Finding | None:
     """An argument outside its constraint, without the numbers that are inside."""
     held = local_of_raiser(error, "param", "constraint", "value", "self")
     if held is None or not isinstance(held["value"], Tensor):

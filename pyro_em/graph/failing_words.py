@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from pyro_em.errors import sites_in_words
-from pyro_em.graph.blame import Place, same_tensor
+from pyro_em.graph.blame import CodeLine, same_tensor
 
 # What NaN becomes where it is made an integer: x.long(), x.int().
 CONVERTED_NAN = (-(2**63), -(2**31))
@@ -29,7 +29,7 @@ OF_COORDINATES = (
 )
 
 
-def place_in_words(place: Place | None) -> str:
+def place_in_words(place: CodeLine | None) -> str:
     """Where it was, in brackets; empty where that is unknown."""
     return "" if place is None else f" ({place})"
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import DataError, Finding, sites_in_words
-from pyro_em.graph.blame import Place, place_of
+from pyro_em.graph.blame import CodeLine, place_of
 from pyro_em.graph.failing_index import of_index
 from pyro_em.graph.failing_values import of_branch, of_number, of_scale, of_validation
 from pyro_em.graph.failing_words import (
@@ -119,7 +119,7 @@ def on_failure(
     )
 
 
-def of_dtypes(text: str, place: Place | None, values: Mapping[str, Tensor]) -> Finding:
+def of_dtypes(text: str, place: CodeLine | None, values: Mapping[str, Tensor]) -> Finding:
     """A product of float32 with float64, say: parameters of one kind, data of the other."""
     own = [f"{where} is {str(t.dtype).removeprefix('torch.')}" for where, t in values.items()]
     return Finding(

@@ -26,7 +26,7 @@ _FEW = 64  # elements of a latent of which one row may read several
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class SitePlace:
     """Where the cells of a site are in its tensors.
 
     Attributes:
@@ -42,7 +42,7 @@ class Place:
     event: int
 
     @classmethod
-    def of(cls, name: str, layout: FactorLayout) -> Place:
+    def of(cls, name: str, layout: FactorLayout) -> SitePlace:
         """That of a site in the layout of its run."""
         scope, dims, sizes = layout.place(name)
         plates = len(sizes) - len(scope)
@@ -62,7 +62,7 @@ class Place:
 
 
 @dataclass(frozen=True, eq=False)
-class Jacobian:
+class SiteJacobian:
     """J = ∂loc/∂h of one site in one latent.
 
     Attributes:
@@ -74,7 +74,7 @@ class Jacobian:
         q: How many coordinates an element has.
     """
 
-    place: Place
+    place: SitePlace
     loc: Tensor
     leaf: Tensor
     forward: Forward
@@ -82,7 +82,9 @@ class Jacobian:
     q: int
 
     @classmethod
-    def of(cls, place: Place, loc: Tensor, leaf: Tensor, site: Mapping[str, Any]) -> Jacobian:
+    def of(
+        cls, place: SitePlace, loc: Tensor, leaf: Tensor, site: Mapping[str, Any]
+    ) -> SiteJacobian:
         """That of a site's mean in the value of a latent, whose own site is given."""
         event = leaf.dim() - site["fn"].event_dim
         forward = forward_of(loc, leaf, attached=True)
@@ -148,7 +150,7 @@ class Coefficients:
 
 
 def coefficients_of(
-    place: Place, loc: Tensor, leaf: Tensor, latent: str, site: Mapping[str, Any]
+    place: SitePlace, loc: Tensor, leaf: Tensor, latent: str, site: Mapping[str, Any]
 ) -> list[Coefficients]:
     """What a mean reads of one latent: one element in each row, or few elements one by one.
 
@@ -162,7 +164,7 @@ def coefficients_of(
     Raises:
         NotLinear: If rows read several elements of many.
     """
-    jacobian = Jacobian.of(place, loc, leaf, site)
+    jacobian = SiteJacobian.of(place, loc, leaf, site)
     found = one_each(jacobian)
     if found is not None:
         return [found]
@@ -180,7 +182,7 @@ def coefficients_of(
     return out
 
 
-def one_each(jacobian: Jacobian) -> Coefficients | None:
+def one_each(jacobian: SiteJacobian) -> Coefficients | None:
     """What a mean reads of a latent where that is one element in each row; None where it is not."""
     place, leaf = jacobian.place, jacobian.leaf
     count, q = jacobian.count, jacobian.q

@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.enumerated import run_enumerated
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.jacobians import Jacobian, Place
+from pyro_em.graph.jacobians import SiteJacobian, SitePlace
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.lines import Line, Read, mean_at
 from pyro_em.graph.read_lines import random_values, read_lines
@@ -141,7 +141,7 @@ def offsets_are_as_read(
         layout = FactorLayout(own, graph.structure.as_run, Recurring({}))
     for name, line in lines.items():
         if layout is not None:
-            place = Place.of(name, layout)
+            place = SitePlace.of(name, layout)
             found = place.compact(place.loc(sites[name])).detach()
         else:
             group, i = graph.group_of(name)
@@ -177,14 +177,14 @@ def are_as_read(
         parameters = values_of(run.parameters)
         layout = FactorLayout(run.sites, structure.as_run, Recurring({}))
         for name, line in lines.items():
-            place = Place.of(name, layout)
+            place = SitePlace.of(name, layout)
             loc = place.loc(run.sites[name])
             if place.sizes != line.sizes or place.scope != line.scope:
                 return False
             total = line.offset.evaluate(parameters).detach()
             for read in line.reads:
                 leaf = values[read.latent]
-                jacobian = Jacobian.of(place, loc, leaf, run.sites[read.latent])
+                jacobian = SiteJacobian.of(place, loc, leaf, run.sites[read.latent])
                 there = jacobian.of_all(leaf.detach()).detach().unsqueeze(0)
                 nothing = Binding("constant", (), torch.zeros_like(line.offset.constant))
                 alone = replace(line, offset=nothing, reads=(read,))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.graph.factors import FactorGraph, Group, Latent
-from pyro_em.graph.stretches import Members, Read, Stem, Stretch
+from pyro_em.graph.stretches import Members, Stem, StepRead, Stretch
 from pyro_em.tracing.sites import Role
 
 
@@ -140,7 +140,7 @@ def _steps_read(stretch: Stretch, stem: Stem, T: int) -> tuple[range, ...] | Non
             if t is None or len(stretch) > 1:
                 return None
             steps = range(t, t + 1)
-        elif isinstance(read, Read) and read.stem == stem:
+        elif isinstance(read, StepRead) and read.stem == stem:
             steps = range(stretch.start - read.lag, stretch.stop - read.lag)
         else:
             return None

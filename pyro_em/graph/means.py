@@ -13,7 +13,7 @@ from pyro_em.errors import Finding
 from pyro_em.families.registry import family_of, given_arguments
 from pyro_em.graph.autograd import known_below
 from pyro_em.graph.collected import collected
-from pyro_em.graph.jacobians import Coefficients, Place, coefficients_of, refusal
+from pyro_em.graph.jacobians import Coefficients, SitePlace, coefficients_of, refusal
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.linearity import why_not_linear
 from pyro_em.graph.lines import NotLinear, is_gaussian, is_matrix_of_rows
@@ -104,7 +104,7 @@ class Mean:
     """
 
     site: str
-    place: Place
+    place: SitePlace
     loc: Tensor
     offset: Tensor
     reads: tuple[tuple[str, Coefficients], ...]
@@ -154,7 +154,7 @@ def means_of(
         read = latents_read(name, site, values)
         if info.role is not Role.GAUSSIAN and not read:
             continue
-        place = Place.of(name, layout)
+        place = SitePlace.of(name, layout)
         loc = place.loc(site)
         problem = why_not_linear(loc, values)
         if problem:

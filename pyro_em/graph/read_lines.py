@@ -22,7 +22,7 @@ from pyro_em.families.registry import family_of, given_arguments
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.collected import jacobian_of_all
 from pyro_em.graph.enumerated import run_enumerated
-from pyro_em.graph.jacobians import Jacobian, Place, refusal
+from pyro_em.graph.jacobians import SiteJacobian, SitePlace, refusal
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.linearity import Breaks
 from pyro_em.graph.lines import Line, NotLinear, Read, means_at
@@ -204,7 +204,7 @@ def parts_at(
     layout = FactorLayout(run.sites, structure.as_run, Recurring({}))
     out: dict[str, dict[str, Tensor]] = {}
     for name, line in lines.items():
-        place = Place.of(name, layout)
+        place = SitePlace.of(name, layout)
         loc = place.loc(run.sites[name])
         series: dict[int, list[str]] = {}
         for r in line.reads:
@@ -223,7 +223,7 @@ def parts_at(
                     joint[key] = along.coefficient()
                 found = joint[key]
             else:
-                along = Jacobian.of(place, loc, values[read.latent], run.sites[read.latent])
+                along = SiteJacobian.of(place, loc, values[read.latent], run.sites[read.latent])
                 found = along.coefficient(read.only)
             shape = binding.constant.shape[1:]
             for d, size in enumerate(shape[: len(place.sizes)]):
@@ -281,7 +281,7 @@ def _is_as_predicted(
     values: Mapping[str, Tensor],
 ) -> bool:
     """Whether a run has the mean of a site that its line gives at parameters and latents' values."""
-    place = Place.of(line.site, layout)
+    place = SitePlace.of(line.site, layout)
     actual = place.compact(place.loc(layout.sites[line.site])).detach().unsqueeze(0)
     if not actual.numel():
         return True

@@ -40,7 +40,7 @@ class Stem:
 
 
 @dataclass(frozen=True)
-class Read:
+class StepRead:
     """A latent of a loop that is read so many steps later."""
 
     stem: Stem
@@ -63,7 +63,7 @@ class Stretch:
     start: int
     stop: int
     plates: tuple[str, ...]
-    read: tuple[Read | str, ...]
+    read: tuple[StepRead | str, ...]
 
     def __len__(self) -> int:
         return self.stop - self.start

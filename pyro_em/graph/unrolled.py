@@ -19,7 +19,7 @@ from pyro_em.graph.factors import FactorGraph, Group, Latent
 from pyro_em.graph.latent_series import LatentSeries
 from pyro_em.graph.series import Unrolling
 from pyro_em.graph.stacking import Factor
-from pyro_em.graph.stretches import Dims, Members, Read, Repeated, Stem, Stretch
+from pyro_em.graph.stretches import Dims, Members, Repeated, Stem, StepRead, Stretch
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.loops import NotVectorized
 from pyro_em.tracing.parameters import TracedParameter
@@ -116,11 +116,11 @@ def _block(f: Factor, unrolling: Unrolling) -> _Block:
             raise NotVectorized(f"poutine.scale of '{name}' differs from step to step")
         f = replace(f, scale=f.scale.squeeze(k))
     whole = _mapped(f, lambda t: t.movedim(k, 0))
-    read: list[Read | str] = []
+    read: list[StepRead | str] = []
     for z in f.dims[n:]:
         p = unrolling.places.get(z)
         lag = 0 if p is None or p.shift is None else loop.history - p.shift
-        read.append(z if p is None else Read(Stem(p.before, p.after), lag))
+        read.append(z if p is None else StepRead(Stem(p.before, p.after), lag))
     plates = f.dims[:k] + f.dims[k + 1 : n]
     stem = Stem(place.before, place.after)
     stretch = Stretch(stem, loop.history, loop.size, plates, tuple(read))
@@ -141,11 +141,11 @@ def _single(f: Factor, unrolling: Unrolling) -> Stretch:
     if own is None:
         return Stretch(f.info.name, 0, 1, f.dims[:n], f.dims[n:])
     stem, t = own
-    read: list[Read | str] = []
+    read: list[StepRead | str] = []
     for z in f.dims[n:]:
         other = unrolling.stem_of(z)
         same = other is not None and unrolling.places[z].loop == unrolling.places[f.info.name].loop
-        read.append(Read(other[0], t - other[1]) if same and other is not None else z)
+        read.append(StepRead(other[0], t - other[1]) if same and other is not None else z)
     return Stretch(stem, t, t + 1, f.dims[:n], tuple(read))
 
 

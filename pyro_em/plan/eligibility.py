@@ -33,9 +33,9 @@ from pyro_em.posteriors.quick import QuickBlock, QuickSteps, SumsBlock
 from pyro_em.posteriors.state_steps import chain_sums
 from pyro_em.posteriors.step_chain import StepChain
 from pyro_em.tracing.sites import Role
+from pyro_em.updates.appearances import is_joint
 from pyro_em.updates.dispersed import dispersed_at
 from pyro_em.updates.predictors import predictor_binding
-from pyro_em.updates.standing import is_joint
 from pyro_em.updates.update import EXACT, Fixed, NewtonOnProfile, ParameterUpdate
 
 # To add a block, add its class here, the quicker ones first.

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class PlacedBlock:
     """A block beside others. It numbers the groups of its own graph; the whole has other numbers.
 
     Attributes:
@@ -85,8 +85,8 @@ class Arrangement:
     graph: FactorGraph
     updates: Updates
     layout: Layout
-    kernels: tuple[Part, ...]
-    rest: Part | None
+    kernels: tuple[PlacedBlock, ...]
+    rest: PlacedBlock | None
     serves: Mapping[tuple[str, ...], QuickBlock | None]
     said: Mapping[tuple[str, ...], Sequence[Finding]]
 
@@ -175,7 +175,7 @@ def _tried(
             own = dict.fromkeys(range(len(claim.outline.graph.groups)), size)
         sizes |= {first + g: size for g, size in own.items()}
     layout = layout_of(whole, updates, values, eligible, sizes)
-    parts: list[Part] = []
+    parts: list[PlacedBlock] = []
     for claim, first in zip(claims, firsts, strict=False):
         size = len(claim.outline.graph.groups)
         linears = _own(layout.linears, first, size)
@@ -185,7 +185,7 @@ def _tried(
             claim.by.refuse(block)
             continue
         block.component = claim.component
-        parts.append(Part(block, first, size))
+        parts.append(PlacedBlock(block, first, size))
     if len(parts) < len(claims):
         return None
     serves: dict[tuple[str, ...], QuickBlock | None] = {c.latents: None for c in candidates}
@@ -247,9 +247,9 @@ def _component(component: Component, part: GraphPart) -> Component:
     return Component(graph, updates, component.values, tuple(graph.latents))
 
 
-def _contracted(rest: Component, first: int) -> Part | None:
+def _contracted(rest: Component, first: int) -> PlacedBlock | None:
     if not rest.graph.groups:
         return None
     block = Contraction.match(rest)
     assert isinstance(block, Contraction)
-    return Part(block, first, len(rest.graph.groups))
+    return PlacedBlock(block, first, len(rest.graph.groups))

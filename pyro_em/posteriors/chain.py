@@ -28,7 +28,7 @@ from pyro_em.errors import Finding
 from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import FactorGraph, Latent
 from pyro_em.posteriors.block import Component
-from pyro_em.posteriors.chain_shape import Shape, shape_of_chain, why_no_chain
+from pyro_em.posteriors.chain_shape import ChainShape, shape_of_chain, why_no_chain
 from pyro_em.posteriors.chain_weights import sequence_weights
 from pyro_em.posteriors.forward_backward import smooth, wants_lanes
 from pyro_em.posteriors.quick import Outline
@@ -87,7 +87,7 @@ class Chain(SequenceBlock):
 
     @classmethod
     def of(
-        cls, graph: FactorGraph, shape: Shape, often: Tensor | None, layout: Layout
+        cls, graph: FactorGraph, shape: ChainShape, often: Tensor | None, layout: Layout
     ) -> Self | Finding:
         """The kernel of a chain, still without its parameters, or why there is none.
 

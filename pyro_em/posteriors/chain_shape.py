@@ -14,7 +14,7 @@ from pyro_em.tracing.sites import Role
 
 
 @dataclass(frozen=True)
-class Shape:
+class ChainShape:
     """The groups of a chain, by what they read."""
 
     couples: int
@@ -43,7 +43,7 @@ def why_no_chain(latents: Mapping[str, Latent]) -> Finding | None:
     return None
 
 
-def shape_of_chain(graph: FactorGraph) -> Shape | Finding:
+def shape_of_chain(graph: FactorGraph) -> ChainShape | Finding:
     """The groups of a homogeneous chain, or why a collapsed graph is none; by looking only."""
     shape = _shape_by_form(graph)
     if shape is not None:
@@ -86,10 +86,10 @@ def shape_of_chain(graph: FactorGraph) -> Shape | Finding:
     if couples is None:
         return Finding(where, f"{len(latents)} latents that are no chain: no kernel")
     finding = _not_homogeneous(graph, couples)
-    return Shape(couples, unary, tuple(free)) if finding is None else finding
+    return ChainShape(couples, unary, tuple(free)) if finding is None else finding
 
 
-def _shape_by_form(graph: FactorGraph) -> Shape | None:
+def _shape_by_form(graph: FactorGraph) -> ChainShape | None:
     """The groups of a chain whose steps are known by their pattern; None where it takes a look."""
     form = chain_form(graph)
     if form is None:
@@ -101,7 +101,7 @@ def _shape_by_form(graph: FactorGraph) -> Shape | None:
             return None
     if first.size < 2 or any(groups[g].sizes[-1] != first.size for g in form.unary):
         return None
-    return Shape(form.couples, form.unary, form.free)
+    return ChainShape(form.couples, form.unary, form.free)
 
 
 def _not_homogeneous(graph: FactorGraph, couples: int) -> Finding | None:

@@ -20,7 +20,14 @@ from torch import Tensor
 from pyro_em.families.conjugate_kernels import Few, PriorKernel, matrix_of
 from pyro_em.graph.conjugate_record import ConjugateRead
 from pyro_em.graph.factors import Group
-from pyro_em.posteriors.conjugate_cells import Reading, alike, in_cells, in_order, plus, rows_of
+from pyro_em.posteriors.conjugate_cells import (
+    ElementsRead,
+    alike,
+    in_cells,
+    in_order,
+    plus,
+    rows_of,
+)
 from pyro_em.posteriors.conjugate_elements import elements_of_latent
 from pyro_em.posteriors.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.gaussian import counts_once, elements_in, is_within, piece
@@ -110,13 +117,13 @@ class ConjugateBlock:
         return value.numel() // value.shape[value.dim() - self.kernel.event_dim :].numel()
 
     @cached_property
-    def readings(self) -> tuple[Reading, ...]:
+    def readings(self) -> tuple[ElementsRead, ...]:
         """Which element each row of a site below the latent reads."""
         out = []
         for group, read in zip(self.groups[1:], self.reads, strict=True):
             rows = math.prod(rows_of(group.value.new_zeros(()), group, full=True).shape[:1])
             full = read.elements.numel() > 1
-            out.append(Reading.of(rows_of(read.elements, group, full=full), rows, self.count))
+            out.append(ElementsRead.of(rows_of(read.elements, group, full=full), rows, self.count))
         return tuple(out)
 
     def counted(self, i: int) -> Group:

@@ -83,7 +83,7 @@ def _lead(group: Group) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class ElementsRead:
     """Which element of a latent each row of a site reads.
 
     Attributes:
@@ -99,7 +99,7 @@ class Reading:
     whole: bool
 
     @classmethod
-    def of(cls, elements: Tensor, rows: int, count: int) -> Reading:
+    def of(cls, elements: Tensor, rows: int, count: int) -> ElementsRead:
         """That of elements as they were read, for a site of some rows."""
         flat = elements[:, 0]
         straight = elements.shape == (count, 1) and rows == count

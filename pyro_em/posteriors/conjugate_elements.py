@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from pyro_em.graph.factors import Group
-from pyro_em.posteriors.conjugate_cells import Reading, rows_of
+from pyro_em.posteriors.conjugate_cells import ElementsRead, rows_of
 from pyro_em.posteriors.gaussian import elements_in, is_within
 from pyro_em.updates.conjugate_beliefs import slices_of
 
 
 def elements_of_latent(
-    groups: Sequence[Group], readings: Sequence[Reading], count: int, plates: tuple[str, ...]
+    groups: Sequence[Group], readings: Sequence[ElementsRead], count: int, plates: tuple[str, ...]
 ) -> tuple[Tensor, bool]:
     """For each element of the latent that of some plates to which it belongs, and whether it crosses.
 

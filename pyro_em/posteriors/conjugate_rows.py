@@ -28,7 +28,7 @@ from pyro_em.posteriors.at_values import (
 )
 from pyro_em.posteriors.conjugate import ConjugateBlock
 from pyro_em.posteriors.conjugate_cells import rows_of
-from pyro_em.posteriors.conjugate_slices import Collected, RowSlices, weights_of
+from pyro_em.posteriors.conjugate_slices import CollectedElements, RowSlices, weights_of
 from pyro_em.posteriors.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.conjugate_totals import Totals, totals
 from pyro_em.posteriors.gaussian import piece
@@ -289,7 +289,7 @@ def _latent(
         if slices is None:
             return None
         return MovingLatent(slices, number, graph, updates).with_sums(values)
-    source = slices or Collected.of(block)
+    source = slices or CollectedElements.of(block)
     if source is None:
         return None
     weight = float(block.count)

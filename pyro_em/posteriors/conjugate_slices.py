@@ -125,7 +125,7 @@ class RowSlices:
 
 
 @dataclass(frozen=True, eq=False)
-class Collected:
+class CollectedElements:
     """What the data add to each element, of a block whose rows read elements of others.
 
     Attributes:
@@ -135,7 +135,7 @@ class Collected:
     added: Tensor
 
     @classmethod
-    def of(cls, block: ConjugateBlock) -> Collected | None:
+    def of(cls, block: ConjugateBlock) -> CollectedElements | None:
         """That of a block without weights of its own; None where it has some."""
         if block.scope or block.weight is not None:
             return None

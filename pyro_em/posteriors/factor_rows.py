@@ -59,7 +59,7 @@ def _numbers(t: Tensor) -> Numbers:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class FactorArgument:
     """One of loadings, means and noise: a parameter, or known numbers.
 
     Attributes:
@@ -138,9 +138,9 @@ class FactorTheta:
         low: L. # (q, q)
     """
 
-    loadings: Part
-    mean: Part
-    noise: Part
+    loadings: FactorArgument
+    mean: FactorArgument
+    noise: FactorArgument
     start: Values
     scatter: Numbers
     centre: Numbers
@@ -375,12 +375,12 @@ def _part(
     updates: Mapping[str, ParameterUpdate],
     values: Values,
     wanted: type,
-) -> Part | None:
+) -> FactorArgument | None:
     """Loadings, means or noise as numbers; None where they are of another form."""
     binding = group.bindings[argument]
     tail = 1 if argument == group.lines[1] else 0
     known = _numbers(rows_of(group, binding.evaluate(values), tail)[0, 0])
-    constant = Part(None, np.zeros(known.shape, dtype=np.int64), known)
+    constant = FactorArgument(None, np.zeros(known.shape, dtype=np.int64), known)
     if binding.how == "constant":
         return constant
     index = _index(binding)
@@ -401,7 +401,7 @@ def _part(
         *binding.constant.shape[binding.constant.dim() - tail :],
     )
     whole = index.expand(shape) if tail else index.expand(1, *(1,) * group.n_plates, *event)
-    return Part(name, whole.reshape(known.shape).cpu().numpy(), known)
+    return FactorArgument(name, whole.reshape(known.shape).cpu().numpy(), known)
 
 
 def _index(binding: Binding) -> Tensor | None:
@@ -420,7 +420,7 @@ def _index(binding: Binding) -> Tensor | None:
     return ones.to(torch.uint8).argmax(-1)
 
 
-def _is_whole(part: Part, value: Tensor) -> bool:
+def _is_whole(part: FactorArgument, value: Tensor) -> bool:
     """Whether each element of a parameter is read once."""
     flat = np.sort(part.index, axis=None)
     return flat.size == value.numel() and bool((flat == np.arange(flat.size)).all())

@@ -19,7 +19,7 @@ from pyro_em.errors import UsageError, message
 from pyro_em.graph.factors import Group, seen_entries
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.integrated import Integrated
-from pyro_em.posteriors.normal_mixtures import NormalRows
+from pyro_em.posteriors.normal_mixtures import NormalsByCell
 from pyro_em.updates.gaussian_rows import event_shape, rows_of
 
 
@@ -99,7 +99,7 @@ def known_data(solution: Integrated) -> OfData:
     )
 
 
-def predicted(faces: GaussianFaces, g: int, i: int, noise: Tensor) -> NormalRows:
+def predicted(faces: GaussianFaces, g: int, i: int, noise: Tensor) -> NormalsByCell:
     """What is predicted of the observed sites of one group.
 
     Args:
@@ -110,7 +110,7 @@ def predicted(faces: GaussianFaces, g: int, i: int, noise: Tensor) -> NormalRows
     """
     mean, covariance = line_moments(faces.solved[g], i)
     variance = (covariance + noise).diagonal(dim1=-2, dim2=-1)
-    return NormalRows(mean, variance, faces.weights(g, i))
+    return NormalsByCell(mean, variance, faces.weights(g, i))
 
 
 def value_rows(group: Group) -> Tensor:

@@ -20,7 +20,7 @@ from pyro_em.densities.density import IMPOSSIBLE
 from pyro_em.densities.theta import At, Theta, theta_of
 from pyro_em.errors import Finding, Handover
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.posteriors.arrangement import Arrangement, Kinds, Part, arranged
+from pyro_em.posteriors.arrangement import Arrangement, Kinds, PlacedBlock, arranged
 from pyro_em.posteriors.block import Component, Values
 from pyro_em.posteriors.contracted import Contraction, onto
 from pyro_em.posteriors.quick import QuickBlock, SumsBlock
@@ -42,8 +42,8 @@ class Independent(SumsBlock):
     component: Component
     graph: FactorGraph
     theta: Theta
-    kernels: tuple[Part, ...]
-    rest: Part | None
+    kernels: tuple[PlacedBlock, ...]
+    rest: PlacedBlock | None
 
     name: ClassVar[str] = "independent"
     words: ClassVar[str] = ""
@@ -70,7 +70,7 @@ class Independent(SumsBlock):
         return cls(component, arrangement.graph, theta, arrangement.kernels, arrangement.rest)
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[PlacedBlock, ...]:
         """All parts."""
         return self.kernels if self.rest is None else (*self.kernels, self.rest)
 

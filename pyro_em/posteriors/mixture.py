@@ -34,7 +34,7 @@ from pyro_em.posteriors.quick import Outline, QuickBlock
 from pyro_em.posteriors.responsibilities import sum_of_logs, unnormalised
 from pyro_em.posteriors.row_factors import Collected, RowFactors
 from pyro_em.posteriors.rows import (
-    Shape,
+    RowShape,
     distinct,
     row_weights,
     shape_of_rows,
@@ -67,7 +67,7 @@ class Mixture(QuickBlock):
     """
 
     graph: FactorGraph
-    shape: Shape
+    shape: RowShape
     N: int
     factors: tuple[RowFactors, ...]
     cells: Mapping[int, Cells]
@@ -103,7 +103,7 @@ class Mixture(QuickBlock):
 
     @classmethod
     def of(
-        cls, graph: FactorGraph, shape: Shape, repeats: Tensor | None, layout: Layout
+        cls, graph: FactorGraph, shape: RowShape, repeats: Tensor | None, layout: Layout
     ) -> Self | Finding:
         """The kernel of a mixture over rows, still without its parameters, or why there is none.
 
@@ -264,7 +264,7 @@ class Mixture(QuickBlock):
         """The same row by row; none is merged with others."""
         graph = self.component.graph
         shape = shape_of_rows(graph)
-        assert isinstance(shape, Shape)
+        assert isinstance(shape, RowShape)
         counts = row_weights(graph, shape)
         assert isinstance(counts, Tensor)
         return PerRow(graph, shape, counts)
@@ -361,7 +361,7 @@ class Mixture(QuickBlock):
         return Expectation(log_evidence, out, noise=noise)
 
 
-def outline_of_rows(graph: FactorGraph) -> tuple[FactorGraph, Shape, Tensor | None] | Finding:
+def outline_of_rows(graph: FactorGraph) -> tuple[FactorGraph, RowShape, Tensor | None] | Finding:
     """The distinct rows of a graph, their shape and how often each occurs, or why there are none."""
     shape = shape_of_rows(graph)
     if isinstance(shape, Finding):
@@ -391,7 +391,7 @@ def _theta(eta: Tensor | None, linear: Counted) -> Tensor:
 
 def _factors(
     graph: FactorGraph,
-    shape: Shape,
+    shape: RowShape,
     layout: Layout,
     N: int,
     reads: tuple[int, ...],

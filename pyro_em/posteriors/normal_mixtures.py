@@ -11,7 +11,7 @@ _HALVINGS = 80  # of a bracket of quantiles, past the last bit of a double
 
 
 @dataclass(frozen=True, eq=False)
-class NormalRows:
+class NormalsByCell:
     """Rows y that are normal given the values of discrete latents.
 
     Attributes:

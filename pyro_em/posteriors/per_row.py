@@ -17,7 +17,7 @@ from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.block import Values
 from pyro_em.posteriors.contraction import log_sum_exp
-from pyro_em.posteriors.rows import Shape
+from pyro_em.posteriors.rows import RowShape
 from pyro_em.updates.statistics import Expectation, Key, group_sums
 
 
@@ -32,7 +32,7 @@ class PerRow:
     """
 
     graph: FactorGraph
-    shape: Shape
+    shape: RowShape
     counts: Tensor
 
     @property

@@ -23,7 +23,7 @@ from pyro_em.posteriors.data_steps import ObservedSite
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.gaussian_predictions import known_data, value_rows
 from pyro_em.posteriors.gaussian_site import factors_of
-from pyro_em.posteriors.normal_mixtures import NormalRows
+from pyro_em.posteriors.normal_mixtures import NormalsByCell
 from pyro_em.updates.gaussian_rows import event_shape, rows_of, tril_rows
 
 _MATRICES = ("scale_tril", "covariance_matrix", "precision_matrix")
@@ -110,11 +110,11 @@ class NormalSite:
         return True
 
     @property
-    def _rows(self) -> NormalRows:
+    def _rows(self) -> NormalsByCell:
         C = self.coefficients
         mean = self.offset + (C @ self.read_mean.unsqueeze(-1)).squeeze(-1)
         covariance = C @ self.read_covariance @ C.mT + self.noise
-        return NormalRows(mean, covariance.diagonal(dim1=-2, dim2=-1), self.weights)
+        return NormalsByCell(mean, covariance.diagonal(dim1=-2, dim2=-1), self.weights)
 
     def mean(self) -> Tensor:
         """See `PredictedSite`."""

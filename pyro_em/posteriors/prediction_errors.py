@@ -28,7 +28,7 @@ from pyro_em.posteriors.data_steps import (
 from pyro_em.posteriors.gaussian_predictions import known_data, predicted, value_rows
 from pyro_em.posteriors.gaussian_steps import gaussians_in
 from pyro_em.posteriors.names import names_of
-from pyro_em.posteriors.normal_mixtures import NormalRows
+from pyro_em.posteriors.normal_mixtures import NormalsByCell
 from pyro_em.posteriors.one_step import cells_before, standardised_rows
 from pyro_em.posteriors.series_faces import (
     batch_of,
@@ -124,7 +124,7 @@ class _Errors:
         return out
 
 
-def _standardised(value: Tensor, rows: NormalRows) -> Tensor:
+def _standardised(value: Tensor, rows: NormalsByCell) -> Tensor:
     mean, variance = rows.moments()
     return (value - mean) / variance.sqrt()
 

@@ -35,7 +35,7 @@ def restricted(group: Group, rows: slice | Tensor) -> Group:
 
 
 @dataclass(frozen=True)
-class Shape:
+class RowShape:
     """The groups of a mixture over rows, by what they read.
 
     Attributes:
@@ -103,7 +103,7 @@ def _counted(latents: Mapping[str, Latent]) -> str:
     return {2: "two", 3: "three", 4: "four"}.get(len(latents), str(len(latents)))
 
 
-def shape_of_rows(graph: FactorGraph) -> Shape | Finding:
+def shape_of_rows(graph: FactorGraph) -> RowShape | Finding:
     """The groups of latents of the rows of a plate, or why a graph is none; by looking.
 
     Args:
@@ -139,7 +139,7 @@ def shape_of_rows(graph: FactorGraph) -> Shape | Finding:
     if not rowwise:
         return Finding(f"site '{names[0]}'", f"no data read '{names[0]}'")
     sizes = tuple(latent.size for latent in graph.latents.values())
-    return Shape(plate, sizes, tuple(reads), tuple(rowwise), tuple(tables), tuple(free))
+    return RowShape(plate, sizes, tuple(reads), tuple(rowwise), tuple(tables), tuple(free))
 
 
 def varies(group: Group) -> bool:
@@ -155,7 +155,7 @@ def why_not_constant(group: Group) -> Finding:
     )
 
 
-def row_weights(graph: FactorGraph, shape: Shape) -> Tensor | Finding:
+def row_weights(graph: FactorGraph, shape: RowShape) -> Tensor | Finding:
     """What one row counts, by the scale that all its sites share; one where they have none. # (N,)
 
     Returns:
@@ -183,7 +183,9 @@ def row_weights(graph: FactorGraph, shape: Shape) -> Tensor | Finding:
     return found.contiguous()
 
 
-def distinct(graph: FactorGraph, shape: Shape, weight: Tensor) -> tuple[FactorGraph, Tensor | None]:
+def distinct(
+    graph: FactorGraph, shape: RowShape, weight: Tensor
+) -> tuple[FactorGraph, Tensor | None]:
     """The graph with each distinct row once, and what it counts, where that saves work.
 
     Args:

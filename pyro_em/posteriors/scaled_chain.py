@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_em.families.conjugate_kernels import together
 from pyro_em.graph.factors import Group
 from pyro_em.posteriors.conjugate import ConjugateBlock
-from pyro_em.posteriors.conjugate_cells import Reading
+from pyro_em.posteriors.conjugate_cells import ElementsRead
 from pyro_em.posteriors.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.gaussian_chain import GaussianChain
 from pyro_em.posteriors.integrated import Integrated, Solution
@@ -82,7 +82,7 @@ class ScaledChain(ScaledBlock):
         return self._with(scale, self.gaussian.solve(self._at_mean(scale, arguments)[0]))
 
     def _with(self, scale: ConjugateSolution, at: Solution) -> ScaledGaussian:
-        one = Reading.of(torch.zeros(1, 1, dtype=torch.long, device=scale.t.device), 1, 1)
+        one = ElementsRead.of(torch.zeros(1, 1, dtype=torch.long, device=scale.t.device), 1, 1)
         readings = dict.fromkeys(set(self.gaussian.latents.values()), one)
         return ScaledGaussian(at, scale, readings, self._count)
 

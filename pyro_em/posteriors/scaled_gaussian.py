@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_em.errors import UsageError, message
 from pyro_em.families.conjugate_draws import drawn
 from pyro_em.families.conjugate_kernels import matrix_of
-from pyro_em.posteriors.conjugate_cells import Reading
+from pyro_em.posteriors.conjugate_cells import ElementsRead
 from pyro_em.posteriors.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.integrated import Blocks, Solution
 from pyro_em.updates.linear_moments import LinearMoments
@@ -35,7 +35,7 @@ class ScaledGaussian:
 
     at: Solution
     scale: ConjugateSolution
-    readings: Mapping[int, Reading]
+    readings: Mapping[int, ElementsRead]
     count: float
 
     @property

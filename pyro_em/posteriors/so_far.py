@@ -24,7 +24,7 @@ from pyro_em.posteriors.scaled import ScaledSolution
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class SoFar:
     """What a posterior is made of, given a part of the data.
 
     Attributes:
@@ -46,7 +46,7 @@ def given_steps(
     solved: Solved,
     steps: DataSteps,
     last: int,
-) -> Part:
+) -> SoFar:
     """The posterior given the data up to and including a step.
 
     Args:
@@ -83,7 +83,7 @@ def given_steps(
         for group, table in zip(graph.groups, found_cells, strict=True):
             axes = tuple(range(1 + group.n_plates, table.dim()))
             own_cells.append(table / table.sum(axes, keepdim=True) if axes else table)
-    return Part(own_tables, own_cells, own_solved)
+    return SoFar(own_tables, own_cells, own_solved)
 
 
 def _seen_table(steps: DataSteps, g: int, table: Tensor, last: int) -> Tensor:

@@ -33,7 +33,7 @@ class Place:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class AlikeTables:
     """Wanted tables that lie alike in one group.
 
     Attributes:
@@ -49,7 +49,7 @@ class Part:
     rows: slice | list[int]
 
 
-def parts_of(places: Sequence[Place]) -> tuple[Part, ...]:
+def parts_of(places: Sequence[Place]) -> tuple[AlikeTables, ...]:
     """Places put together by what can be summed at once."""
     alike: dict[tuple[int, tuple[int, ...]], tuple[list[int], list[int]]] = {}
     for row, place in enumerate(places):
@@ -57,12 +57,12 @@ def parts_of(places: Sequence[Place]) -> tuple[Part, ...]:
         members.append(place.member)
         rows.append(row)
     return tuple(
-        Part(group, axes, _run(members), _run(rows))
+        AlikeTables(group, axes, _run(members), _run(rows))
         for (group, axes), (members, rows) in alike.items()
     )
 
 
-def stack_of(cells: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
+def stack_of(cells: Sequence[Tensor], parts: Sequence[AlikeTables]) -> Tensor:
     """The wanted tables, summed over what is not kept. # (T, *kept)
 
     Args:
@@ -78,7 +78,7 @@ def stack_of(cells: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
     return out
 
 
-def table_of(cells: Sequence[Tensor], part: Part) -> Tensor:
+def table_of(cells: Sequence[Tensor], part: AlikeTables) -> Tensor:
     """The tables of one part, summed over what is not kept. # (rows of the part, *kept)"""
     table = cells[part.group][part.members]
     beyond = [1 + d for d in range(table.dim() - 1) if d not in part.axes]
@@ -93,7 +93,7 @@ def _run(numbers: list[int]) -> slice | list[int]:
     return slice(first, last + 1) if numbers == list(range(first, last + 1)) else numbers
 
 
-def parts_of_marginals(graph: FactorGraph, names: tuple[str, ...]) -> tuple[Part, ...]:
+def parts_of_marginals(graph: FactorGraph, names: tuple[str, ...]) -> tuple[AlikeTables, ...]:
     """Where the marginals of latents lie: over their plates, then their values.
 
     Raises:
@@ -107,11 +107,11 @@ def parts_of_marginals(graph: FactorGraph, names: tuple[str, ...]) -> tuple[Part
             require_alike("probs", ((z.name, (*batch_shape(graph, z), z.size)) for z in latents))
             parts = parts_of(places_of(graph, latents))
         graph.remembered[key] = parts
-    kept: tuple[Part, ...] = graph.remembered[key]
+    kept: tuple[AlikeTables, ...] = graph.remembered[key]
     return kept
 
 
-def _marginals_by_form(graph: FactorGraph, names: Sequence[str]) -> tuple[Part, ...] | None:
+def _marginals_by_form(graph: FactorGraph, names: Sequence[str]) -> tuple[AlikeTables, ...] | None:
     """The marginals of all steps of a loop, by their pattern; None where it takes a look at each."""
     form = chain_form(graph)
     if form is None or not are_alike(graph) or tuple(form.names) != tuple(names):
@@ -127,14 +127,14 @@ def _marginals_by_form(graph: FactorGraph, names: Sequence[str]) -> tuple[Part, 
             axes = [d for d, dim in enumerate(dims) if dim in graph.latents[name].plates]
             members = slice(first, first + len(stretch))
             rows = slice(row, row + len(stretch))
-            parts.append(Part(g, (*axes, dims.index(name)), members, rows))
+            parts.append(AlikeTables(g, (*axes, dims.index(name)), members, rows))
             first += len(stretch)
     return tuple(parts)
 
 
 def _joints_by_form(
     graph: FactorGraph, pairs: Sequence[tuple[str, str]]
-) -> tuple[Part, ...] | None:
+) -> tuple[AlikeTables, ...] | None:
     """The tables of all neighbours along a loop, by their pattern; None where it takes a look."""
     form = chain_form(graph)
     if form is None or not are_alike(graph) or len(pairs) != len(form.names) - 1:
@@ -145,7 +145,7 @@ def _joints_by_form(
     dims = graph.groups[form.couples].dims[0]
     plates = plates_of(graph, graph.latents[a])
     axes = tuple(dims.index(d) for d in (*plates, a, b))
-    return (Part(form.couples, axes, slice(0, len(pairs)), slice(0, len(pairs))),)
+    return (AlikeTables(form.couples, axes, slice(0, len(pairs)), slice(0, len(pairs))),)
 
 
 def are_alike(graph: FactorGraph) -> bool:
@@ -158,7 +158,7 @@ def are_alike(graph: FactorGraph) -> bool:
 
 def parts_of_joints(
     graph: FactorGraph, pairs: tuple[tuple[str, str], ...]
-) -> tuple[Part, ...] | None:
+) -> tuple[AlikeTables, ...] | None:
     """Where the tables of pairs lie, over the plates of both; None if a pair has no factor.
 
     Raises:
@@ -174,7 +174,7 @@ def parts_of_joints(
             graph.remembered[key] = None
         else:
             graph.remembered[key] = _parts_of_joints(graph, pairs, together)
-    parts: tuple[Part, ...] | None = graph.remembered[key]
+    parts: tuple[AlikeTables, ...] | None = graph.remembered[key]
     return parts
 
 
@@ -182,7 +182,7 @@ def _parts_of_joints(
     graph: FactorGraph,
     pairs: tuple[tuple[str, str], ...],
     together: Mapping[tuple[str, str], tuple[int, int]],
-) -> tuple[Part, ...]:
+) -> tuple[AlikeTables, ...]:
     latents = {name: graph.latents[name] for pair in pairs for name in pair}
     places, shapes = [], []
     for a, b in pairs:

@@ -24,7 +24,7 @@ from pyro_em.updates.statistics import Key, group_sums, known_statistics
 
 
 @dataclass(frozen=True, eq=False)
-class Couple:
+class StepCouple:
     """A group that reads two states.
 
     Attributes:
@@ -61,7 +61,7 @@ class StageGroups:
 
     shape: StepShape
     stage: Stage
-    couples: tuple[Couple, ...]
+    couples: tuple[StepCouple, ...]
     sizes: tuple[int, ...]
     often: Tensor | None
     device: torch.device
@@ -147,7 +147,7 @@ class StageGroups:
             rows.append(total)
         return Table(torch.cat(rows).exp(), which, self.weight)
 
-    def _log(self, couple: Couple, at: At) -> Tensor:
+    def _log(self, couple: StepCouple, at: At) -> Tensor:
         """Log densities of a group over the labels of the stage. # (moves or 1, B or 1, *or 1s)"""
         group, own, B = couple.group, couple.labels, math.prod(self.sizes)
         if couple.cells is not None:
@@ -195,7 +195,7 @@ class StageGroups:
             sums[couple.number] = group_sums(group, own, arguments, couple.fixed, masked=True)
         return entries
 
-    def _counts_of(self, couple: Couple, table: Table, counts: Tensor) -> Tensor:
+    def _counts_of(self, couple: StepCouple, table: Table, counts: Tensor) -> Tensor:
         """Expected counts of what a group reads. # (members or 1, B or 1, *its labels)"""
         group, own = couple.group, couple.labels
         if couple.steps is not None and table.which is not None:
@@ -229,7 +229,7 @@ def stage_groups(
     """
     device = graph.groups[0].value.device
     every = torch.arange(shape.T - 1, device=device)
-    couples: list[Couple] = []
+    couples: list[StepCouple] = []
     for g, reader in shape.couples.items():
         group, moves = graph.groups[g], (reader.steps - 1).to(device)
         if group.mask is not None and any(n != 1 for n in group.mask.shape[1 + group.n_plates :]):
@@ -240,7 +240,7 @@ def stage_groups(
         table = cells(group, *layout.linears[g]) if is_linear else None
         fixed = None if is_linear else known_statistics(group)
         steps = None if len(moves) == len(every) and bool((moves == every).all()) else moves
-        couples.append(Couple(g, group, reader.labels, table, fixed, varies, steps))
+        couples.append(StepCouple(g, group, reader.labels, table, fixed, varies, steps))
     sizes = tuple(graph.dim_size(p) for p in shape.plates)
     return tuple(
         StageGroups(shape, stage, tuple(couples[f] for f in stage.factors), sizes, often, device)

@@ -21,7 +21,7 @@ from pyro_em.errors import Finding, sites_in_words
 from pyro_em.graph.factors import FactorGraph, Group, Latent
 from pyro_em.graph.latent_series import LatentSeries, kinds_of, names_of
 from pyro_em.graph.parting import of_members
-from pyro_em.graph.stretches import Members, Read, Stem, Stretch
+from pyro_em.graph.stretches import Members, Stem, StepRead, Stretch
 from pyro_em.posteriors.moves import Label, Moves, in_order
 from pyro_em.tracing.sites import Role
 
@@ -141,7 +141,7 @@ class _Places:
             return self._of_member(stretch.dims_of(0)[len(stretch.plates) :])
         lags: list[Label] = []
         for read in stretch.read:
-            if not isinstance(read, Read) or read.stem not in self.stems:
+            if not isinstance(read, StepRead) or read.stem not in self.stems:
                 return None
             lags.append((self.stems.index(read.stem), read.lag))
         least = min((lag for _, lag in lags), default=0)
@@ -162,7 +162,7 @@ def why_no_steps(latents: Mapping[str, Latent]) -> Finding | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class AlikeMembers:
     """Members of a group that read alike.
 
     Attributes:
@@ -185,7 +185,7 @@ class Parts:
     """
 
     shape: StepShape
-    parts: tuple[Part, ...]
+    parts: tuple[AlikeMembers, ...]
     names: Callable[[str], Label | None]
 
 
@@ -242,12 +242,12 @@ def step_parts(graph: FactorGraph, beyond: bool) -> Parts | Finding:
         what = f"{len(graph.latents)} latents that are no steps of a chain: no kernel"
         return Finding(where, what)
     plates = places.kinds[0].plates
-    parts: list[Part] = []
+    parts: list[AlikeMembers] = []
     readers: dict[int, Reader] = {}
     free: list[int] = []
     for g, group in enumerate(graph.groups):
         if group.role is Role.POINT:
-            parts.append(Part(g, None))
+            parts.append(AlikeMembers(g, None))
             continue
         found, site = places.readers(group), group.members[0]
         if found is None:
@@ -262,7 +262,7 @@ def step_parts(graph: FactorGraph, beyond: bool) -> Parts | Finding:
                 return Finding(f"site '{site}'", what)
             else:
                 readers[len(parts)] = reader
-            parts.append(Part(g, None if len(found) == 1 else tuple(members)))
+            parts.append(AlikeMembers(g, None if len(found) == 1 else tuple(members)))
     sizes = tuple(kind.size for kind in places.kinds)
     histories = _histories(len(sizes), readers)
     couples = {

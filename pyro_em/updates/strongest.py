@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from pyro_em.distributions import bounds, is_real, is_simplex
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.updates.appearances import Appearances
 from pyro_em.updates.coefficient_priors import is_quadratic, is_smooth
 from pyro_em.updates.met_ends import pair_at
 from pyro_em.updates.predictors import predictor_binding
 from pyro_em.updates.read_priors import why_not_conjugate
 from pyro_em.updates.read_uses import disagreement, shown_places, why_outside
-from pyro_em.updates.standing import Standing
 from pyro_em.updates.update import (
     ClosedForm,
     Fixed,
@@ -44,7 +44,7 @@ def strongest_update(graph: FactorGraph, name: str, *, together: bool = True) ->
         made = " and ".join(pair.params)
         names = f"Uniform.low and Uniform.high are made of {made} (smallest and largest value)"
         return ParameterUpdate(name, ClosedForm(), names, block=pair.params, is_met_end=True)
-    found = Standing.of(graph, name, together)
+    found = Appearances.of(graph, name, together)
     if not found.is_used:
         return ParameterUpdate(name, Fixed(), "no factor depends on it")
     if found.weakest:
@@ -61,7 +61,7 @@ def strongest_update(graph: FactorGraph, name: str, *, together: bool = True) ->
     return _in_closed_form(found, uses)
 
 
-def _jointly(found: Standing) -> ParameterUpdate:
+def _jointly(found: Appearances) -> ParameterUpdate:
     """The update of a parameter in densities whose sums give the joint maximiser of all arguments."""
     name, constraint = found.name, found.graph.parameters[found.name].constraint
     selected = [*found.joint, *(place for place, _ in found.beside)]
@@ -77,7 +77,7 @@ def _jointly(found: Standing) -> ParameterUpdate:
     return ParameterUpdate(name, NewtonOnSums(), reason)
 
 
-def _of_degrees(found: Standing) -> ParameterUpdate:
+def _of_degrees(found: Appearances) -> ParameterUpdate:
     """The update of degrees of freedom."""
     name, constraint = found.name, found.graph.parameters[found.name].constraint
     if found.has_others:
@@ -88,7 +88,7 @@ def _of_degrees(found: Standing) -> ParameterUpdate:
     return ParameterUpdate(name, NewtonOnProfile(), reason)
 
 
-def _of_predictors(found: Standing, uses: Sequence[Use]) -> ParameterUpdate:
+def _of_predictors(found: Appearances, uses: Sequence[Use]) -> ParameterUpdate:
     """The update of a coefficient of predictors, beside which it may be selected as it stands."""
     graph, name, priors = found.graph, found.name, tuple(found.priors)
     real = is_real(graph.parameters[name].constraint)
@@ -109,7 +109,7 @@ def _of_predictors(found: Standing, uses: Sequence[Use]) -> ParameterUpdate:
     return ParameterUpdate(name, Newton(), what + _with(graph, priors), priors=priors)
 
 
-def _of_lines(found: Standing, uses: Sequence[Use]) -> ParameterUpdate:
+def _of_lines(found: Appearances, uses: Sequence[Use]) -> ParameterUpdate:
     """The update of a coefficient of means, beside which it may be a mean as it stands."""
     graph, name, priors = found.graph, found.name, tuple(found.priors)
     if not all(u.rule.kind.form.is_regressed and not u.selection.maps for u in uses):
@@ -121,7 +121,7 @@ def _of_lines(found: Standing, uses: Sequence[Use]) -> ParameterUpdate:
     return ParameterUpdate(name, LeastSquares(), reason, priors=priors)
 
 
-def _in_closed_form(found: Standing, uses: Sequence[Use]) -> ParameterUpdate:
+def _in_closed_form(found: Appearances, uses: Sequence[Use]) -> ParameterUpdate:
     """The update of a parameter that is selected wherever it stands, if one rule fits all places."""
     graph, name, priors = found.graph, found.name, tuple(found.priors)
     if not uses:

@@ -10,10 +10,10 @@ from torch import Tensor
 from pyro_em.distributions import is_real
 from pyro_em.families.overdispersed import MANY
 from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.updates.appearances import is_joint
 from pyro_em.updates.coordinates import Coordinates
 from pyro_em.updates.placed import cells_of, size_of
 from pyro_em.updates.predictors import predictors_of
-from pyro_em.updates.standing import is_joint
 from pyro_em.updates.strongest import strongest_update
 from pyro_em.updates.update import (
     ClosedForm,

@@ -16,7 +16,7 @@ from pyro_em.updates.update import Prior, Use
 
 
 @dataclass
-class Standing:
+class Appearances:
     """The places of one parameter, taken in factor by factor.
 
     Attributes:
@@ -53,7 +53,7 @@ class Standing:
     weakest: str = ""
 
     @classmethod
-    def of(cls, graph: FactorGraph, name: str, together: bool) -> Standing:
+    def of(cls, graph: FactorGraph, name: str, together: bool) -> Appearances:
         """That in a graph.
 
         Args:
