@@ -22,7 +22,7 @@ from pyro_em.fitting.em_map import EMMap, values_at
 from pyro_em.fitting.guarded import Guarded, Step
 from pyro_em.fitting.history import EMStatus
 from pyro_em.fitting.point import Point, SumsPoint, Values
-from pyro_em.fitting.run import Cycle, Run, Settings
+from pyro_em.fitting.run import Cycle, EMRun, Settings
 from pyro_em.fitting.schemes import Proposals, Scheme, Secant, Triple
 
 PLAIN_STEPS = 8
@@ -34,7 +34,7 @@ _UNUSABLE = (DataError, DegenerateError, torch.linalg.LinAlgError, ValueError)
 def accelerate(
     em: Guarded,
     settings: Settings,
-    run: Run,
+    run: EMRun,
     r: int,
     scheme: Scheme,
     shown: Callable[[Step], bool],
@@ -102,7 +102,7 @@ class _Cycles:
         self,
         em: Guarded,
         settings: Settings,
-        run: Run,
+        run: EMRun,
         scheme: Scheme,
         step_of: EMMap,
         note: Callable[[Point, float, Point], bool],
@@ -225,7 +225,7 @@ def _ratio(secant: Secant) -> float:
     return min(float(secant.v.norm()) / size, 1 - 1e-9) if size > 0 else 0.0
 
 
-def _end(em: Guarded, settings: Settings, run: Run) -> None:
+def _end(em: Guarded, settings: Settings, run: EMRun) -> None:
     """Plain steps are due, because of ``max_steps`` or ``tol``."""
     assert run.cycle is not None
     if settings.keeper is not None:

@@ -14,7 +14,7 @@ from pyro_em.fitting.fingerprints import Fingerprint
 from pyro_em.fitting.guarded import Guarded
 from pyro_em.fitting.history import EMStatus
 from pyro_em.fitting.resuming import Between, ended_run, ended_state, standing_state
-from pyro_em.fitting.run import Run
+from pyro_em.fitting.run import EMRun
 from pyro_em.fitting.search import Search
 from pyro_em.plan.evaluation import Disagreement
 from pyro_em.plan.program import Program
@@ -43,13 +43,13 @@ class ExactKeeper:
     limits: tuple[int, float]
     is_watched: bool
     begin: float
-    _current: Run | None = None
+    _current: EMRun | None = None
     _between: Between | None = None
-    _at: tuple[Run | None, int] = (None, 0)
+    _at: tuple[EMRun | None, int] = (None, 0)
     _is_interrupted: bool = False
     _is_lost: bool = False
 
-    def after_step(self, em: Guarded, run: Run) -> None:
+    def after_step(self, em: Guarded, run: EMRun) -> None:
         """See `pyro_em.fitting.run.Keeper.after_step`."""
         if em.program.may_draw or em.state.optimizers:
             self._between, self._at = Between.of(em), (run, run.num_steps)
@@ -57,7 +57,7 @@ class ExactKeeper:
             self._keep(em, run, self._between)
             self._write(em)
 
-    def at_rest(self, em: Guarded, run: Run) -> None:
+    def at_rest(self, em: Guarded, run: EMRun) -> None:
         """See `pyro_em.fitting.run.Keeper.at_rest`."""
         if run.status is EMStatus.MAX_STEPS and run.num_steps < self.limits[0]:
             return  # it goes on
@@ -76,12 +76,12 @@ class ExactKeeper:
         self._is_interrupted |= run.status is EMStatus.INTERRUPTED
         self._keep(em, run, self._between if is_broken else None)
 
-    def _keep(self, em: Guarded, run: Run, between: Between | None) -> None:
+    def _keep(self, em: Guarded, run: EMRun, between: Between | None) -> None:
         self._current = run
         self.search.drawn = self.search.generator.get_state()
         run.rest = standing_state(em, run, self.is_watched, between)
 
-    def at_fork(self, em: Guarded, run: Run) -> None:
+    def at_fork(self, em: Guarded, run: EMRun) -> None:
         """See `pyro_em.fitting.run.Keeper.at_fork`."""
         if run.fork is None:
             run.fork = standing_state(em, run, self.is_watched)
@@ -124,13 +124,13 @@ class ExactKeeper:
             },
         }
 
-    def _waiting(self) -> list[Run]:
+    def _waiting(self) -> list[EMRun]:
         """The short runs; the present one of the first round is not yet one of them."""
         search = self.search
         return search.waiting if search.stage else search.waiting[: search.done]
 
 
-def _of_run(run: Run) -> dict[str, Any] | None:
+def _of_run(run: EMRun) -> dict[str, Any] | None:
     """Where a run stood at its end; None where it was interrupted before it made a step."""
     if run.rest is not None:
         rest: dict[str, Any] = run.rest

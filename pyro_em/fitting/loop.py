@@ -12,7 +12,7 @@ from pyro_em.fitting.em_map import values_at, write
 from pyro_em.fitting.guarded import Fell, Guarded, Step
 from pyro_em.fitting.history import EMStatus, EMStep
 from pyro_em.fitting.point import Point, SumsPoint, Values
-from pyro_em.fitting.run import Run, Settings
+from pyro_em.fitting.run import EMRun, Settings
 from pyro_em.fitting.stopping import crawls, should_stop
 from pyro_em.plan.hyperparameters import run_away
 from pyro_em.plan.program import Program
@@ -20,7 +20,7 @@ from pyro_em.tracing.parameters import restore, snapshot
 
 
 def iterate(
-    em: Guarded, settings: Settings, run: Run, r: int, until: float = math.inf
+    em: Guarded, settings: Settings, run: EMRun, r: int, until: float = math.inf
 ) -> Point | None:
     """Steps from where a run stands until a rule stops it; then its parameters are in the store.
 
@@ -64,7 +64,7 @@ def iterate(
     return at
 
 
-def _is_over(em: Guarded, settings: Settings, run: Run) -> bool:
+def _is_over(em: Guarded, settings: Settings, run: EMRun) -> bool:
     """Whether no step follows the last one; the run's status says why."""
     if run.status is EMStatus.STOPPED:
         return True
@@ -79,7 +79,7 @@ def _is_over(em: Guarded, settings: Settings, run: Run) -> bool:
     return len(run.entering) >= settings.max_steps
 
 
-def has_run_away(em: Guarded, run: Run, values: Values) -> bool:
+def has_run_away(em: Guarded, run: EMRun, values: Values) -> bool:
     """Whether there is no maximum, by where the parameters have come; the run says so then."""
     away = run_away(em.program.graph, run.initial_values, values)
     if away:
@@ -88,7 +88,7 @@ def has_run_away(em: Guarded, run: Run, values: Values) -> bool:
 
 
 def advance(
-    em: Guarded, run: Run, is_watched: bool, verify: bool = True, is_last: bool = False
+    em: Guarded, run: EMRun, is_watched: bool, verify: bool = True, is_last: bool = False
 ) -> Step:
     """One step of a run, noted in it.
 
@@ -116,7 +116,7 @@ def advance(
     return step
 
 
-def _is_touched(em: Guarded, run: Run) -> bool:
+def _is_touched(em: Guarded, run: EMRun) -> bool:
     """Whether somebody has written parameters; where data were written, the model is read anew."""
     if em.program.is_changed():
         read_anew(em, run)
@@ -127,7 +127,7 @@ def _is_touched(em: Guarded, run: Run) -> bool:
     return touched
 
 
-def read_anew(em: Guarded, run: Run) -> None:
+def read_anew(em: Guarded, run: EMRun) -> None:
     """Read the model on the data as they are now, and make the E-step there."""
     em.reread()
     at = em.e_step()
@@ -136,7 +136,7 @@ def read_anew(em: Guarded, run: Run) -> None:
     run.verified, run.verifies_later = None, False
 
 
-def settle(em: Guarded, run: Run, *, anew: bool = True) -> bool:
+def settle(em: Guarded, run: EMRun, *, anew: bool = True) -> bool:
     """Put a run's parameters into the store, whole, even if an interrupt comes in between.
 
     Args:
@@ -165,7 +165,7 @@ def settle(em: Guarded, run: Run, *, anew: bool = True) -> bool:
     return interrupted
 
 
-def calls_stop(em: Guarded, settings: Settings, run: Run, step: Step) -> bool:
+def calls_stop(em: Guarded, settings: Settings, run: EMRun, step: Step) -> bool:
     """Show a step to the callbacks; returns whether one of them asks to stop."""
     if not settings.callbacks:
         return False
@@ -177,7 +177,7 @@ def calls_stop(em: Guarded, settings: Settings, run: Run, step: Step) -> bool:
     return asks() if em.data is None else any(em.data.over.gathered(asks))
 
 
-def as_step(run: Run, program: Program, index: int, step: Step, begin: float) -> EMStep:
+def as_step(run: EMRun, program: Program, index: int, step: Step, begin: float) -> EMStep:
     """A step as users see it: the bound entering it and the bound after its M-step."""
     parameters, held = program.graph.parameters, run.parameters
     return EMStep(
@@ -202,7 +202,7 @@ def endless_steps(em: Guarded) -> Iterator[EMStep]:
         falls on data and from parameters that nobody has changed, which is said in a warning.
     """
     begin = time.perf_counter()
-    run = Run(snapshot(em.program.graph.parameters))
+    run = EMRun(snapshot(em.program.graph.parameters))
     at = em.e_step()
     run.record(em.program, at)
     for index in itertools.count():

@@ -25,7 +25,7 @@ from pyro_em.fitting.history import EMStatus, EMStep
 from pyro_em.fitting.online_steps import Steps
 from pyro_em.fitting.online_sums import Averaged, Replaced
 from pyro_em.fitting.parted import Parted
-from pyro_em.fitting.run import Run
+from pyro_em.fitting.run import EMRun
 from pyro_em.plan.part import Part
 from pyro_em.portable import Given
 from pyro_em.reduction.reduction import Reduction
@@ -81,7 +81,7 @@ class OnlineRun:
 
     steps: Steps
     data: Parted
-    run: Run
+    run: EMRun
     standing: Standing
     num_epochs: int
     callbacks: Sequence[Callable[[EMStep], Any]]

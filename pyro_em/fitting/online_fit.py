@@ -21,7 +21,7 @@ from pyro_em.fitting.progress import Bar
 from pyro_em.fitting.report import build_result
 from pyro_em.fitting.restarts import run_starts
 from pyro_em.fitting.result import EMResult
-from pyro_em.fitting.run import Run, Settings, best_of
+from pyro_em.fitting.run import EMRun, Settings, best_of
 from pyro_em.fitting.search import Search
 from pyro_em.plan.program import Program
 from pyro_em.tracing.encoding import decoded, encoded
@@ -71,7 +71,7 @@ def fit_online(call: Call, em: Guarded, settings: Settings, first: Program) -> E
         name = _begin(call, em, first)
         apply_floors(program.graph, program.updates)
     steps.begin()
-    run = Run(snapshot(parameters), name=name)
+    run = EMRun(snapshot(parameters), name=name)
     run.initial_values = values_of(parameters)
     fit = OnlineRun(
         steps,

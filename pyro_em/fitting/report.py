@@ -40,7 +40,7 @@ from pyro_em.fitting.over_parts import (
 from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.point import PartsPoint, SumsPoint
 from pyro_em.fitting.result import EMResult
-from pyro_em.fitting.run import Run, Settings
+from pyro_em.fitting.run import EMRun, Settings
 from pyro_em.fitting.standard_errors import StandardErrors, standard_errors
 from pyro_em.fitting.stochastic_run import StochasticRun
 from pyro_em.fitting.stopping import rate_of_convergence
@@ -70,8 +70,8 @@ logger = logging.getLogger("pyro_em")
 
 def build_result(
     em: Guarded,
-    run: Run,
-    runs: Sequence[Run],
+    run: EMRun,
+    runs: Sequence[EMRun],
     settings: Settings,
     init: Any,
     seed: int | None,
@@ -210,7 +210,7 @@ def _information_of(
     )
 
 
-def _end(run: Run) -> End:
+def _end(run: EMRun) -> End:
     collapsed = run.status in (EMStatus.DEGENERATE, EMStatus.UNBOUNDED) or run.last is None
     return End(run.name, run.objective, run.status, run.num_steps, collapsed)
 
@@ -324,7 +324,7 @@ def _no_standard_errors() -> StandardErrors:
     )
 
 
-def _warn_of_massless(program: Program, run: Run) -> None:
+def _warn_of_massless(program: Program, run: EMRun) -> None:
     """Warn of components without observations; rows of probabilities may well be unused."""
     assert run.last is not None
     by_component: dict[int, list[str]] = {}

@@ -17,7 +17,7 @@ from pyro_em.fitting.guarded import Guarded
 from pyro_em.fitting.history import EMStatus
 from pyro_em.fitting.loop import iterate
 from pyro_em.fitting.resuming import ended_run, is_ended, resumed
-from pyro_em.fitting.run import Run, Settings, best_of
+from pyro_em.fitting.run import EMRun, Settings, best_of
 from pyro_em.fitting.search import Search
 from pyro_em.fitting.starts import (
     continue_run,
@@ -50,7 +50,7 @@ _OVER = (EMStatus.INTERRUPTED, EMStatus.STOPPED)
 
 def run_starts(
     em: Guarded, settings: Settings, init: Any, num_restarts: int, search: Search
-) -> list[Run]:
+) -> list[EMRun]:
     """EM from several starts.
 
     Args:
@@ -67,7 +67,7 @@ def run_starts(
     beginning = Beginning(em, search.generator)
     origin = snapshot(em.program.graph.parameters) if num_restarts > 1 else {}
     runs = search.runs
-    over: list[Run] = []
+    over: list[EMRun] = []
     try:
         first = _left(em, settings, search, 0)
         runs.append(first or run_start(em, settings, beginning, init, 0))
@@ -83,7 +83,7 @@ def run_starts(
     return [*runs, *over]
 
 
-def _left(em: Guarded, settings: Settings, search: Search, r: int) -> Run | None:
+def _left(em: Guarded, settings: Settings, search: Search, r: int) -> EMRun | None:
     """The next run to the end that another process left, at its end; None where there is none."""
     if not search.left:
         return None
@@ -111,7 +111,7 @@ def _others(
     count: int,
     origin: dict[str, Tensor],
     search: Search,
-) -> list[Run]:
+) -> list[EMRun]:
     """The starts after the first; after an interrupt of short runs these, else none."""
     runs = search.runs
     if not em.program.is_monotone:
@@ -160,7 +160,7 @@ def _candidates(
     count: int,
     origin: dict[str, Tensor],
     search: Search,
-) -> list[Run]:
+) -> list[EMRun]:
     """Short runs, the most promising first in the end; all of them where one was interrupted."""
     kinds = itertools.cycle(_kinds(em, beginning))
     stages = STAGES if em.program.compiled else DEAR_STAGES
@@ -198,7 +198,7 @@ def _candidates(
     return []
 
 
-def _best_first(pool: list[Run]) -> list[Run]:
+def _best_first(pool: list[EMRun]) -> list[EMRun]:
     """The best of each kind of start in turn, the kind of the very best first.
 
     A few steps from random assignments all components are still alike, and yet some of the best
@@ -207,8 +207,8 @@ def _best_first(pool: list[Run]) -> list[Run]:
     """
     broken = [r for r in pool if r.last is None or r.status in _UNSOUND]
     sound = sorted((r for r in pool if r not in broken), key=lambda r: r.objective, reverse=True)
-    by_kind: dict[str, list[Run]] = {}
-    twins = list[Run]()
+    by_kind: dict[str, list[EMRun]] = {}
+    twins = list[EMRun]()
     for before, run in zip([None, *sound], sound, strict=False):
         twin = before is not None and before.objective - run.objective <= _TWINS
         (twins if twin else by_kind.setdefault(run.name, [])).append(run)

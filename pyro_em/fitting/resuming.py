@@ -18,7 +18,7 @@ from pyro_em.fitting.em_on_sums import on_sums
 from pyro_em.fitting.guarded import Guarded
 from pyro_em.fitting.history import EMStatus
 from pyro_em.fitting.point import LeftPoint, PartsPoint, Point, SumsPoint, TracedPoint
-from pyro_em.fitting.run import Cycle, Run, Seen
+from pyro_em.fitting.run import Cycle, EMRun, Seen
 from pyro_em.plan.part import Made
 from pyro_em.tracing.encoding import NotPlain, decoded, encoded
 from pyro_em.tracing.parameters import restore, snapshot
@@ -47,7 +47,7 @@ class Between:
 
 
 def standing_state(
-    em: Guarded, run: Run, is_watched: bool, between: Between | None = None
+    em: Guarded, run: EMRun, is_watched: bool, between: Between | None = None
 ) -> dict[str, Any]:
     """Where a run stands, as plain values that later steps do not change.
 
@@ -78,7 +78,7 @@ def standing_state(
     }
 
 
-def _path(run: Run) -> dict[str, Any]:
+def _path(run: EMRun) -> dict[str, Any]:
     return {
         "name": run.name,
         "parameters": encoded(run.parameters),
@@ -92,7 +92,7 @@ def _path(run: Run) -> dict[str, Any]:
     }
 
 
-def ended_state(run: Run) -> dict[str, Any]:
+def ended_state(run: EMRun) -> dict[str, Any]:
     """A run whose last E-step has been let go, or which never had one, as plain values."""
     last = run.last if run.last is None else LeftPoint.of(run.last)
     # What was interrupted goes on.
@@ -110,7 +110,7 @@ def is_ended(state: Mapping[str, Any]) -> bool:
     return "status" in state
 
 
-def ended_run(state: Mapping[str, Any]) -> Run:
+def ended_run(state: Mapping[str, Any]) -> EMRun:
     """The run that `ended_state` made a state of."""
     run = _bare(state)
     run.status, run.message = EMStatus[state["status"]], state["message"]
@@ -119,7 +119,7 @@ def ended_run(state: Mapping[str, Any]) -> Run:
     return run
 
 
-def resumed(em: Guarded, state: Mapping[str, Any]) -> Run:
+def resumed(em: Guarded, state: Mapping[str, Any]) -> EMRun:
     """The run that `standing_state` made a state of; the param store holds what it held then.
 
     Args:
@@ -144,9 +144,9 @@ def resumed(em: Guarded, state: Mapping[str, Any]) -> Run:
     return run
 
 
-def _bare(state: Mapping[str, Any]) -> Run:
+def _bare(state: Mapping[str, Any]) -> EMRun:
     """The parts of a run that need no model."""
-    run = Run(decoded(state["parameters"]), name=state["name"])
+    run = EMRun(decoded(state["parameters"]), name=state["name"])
     run.initial_values, run.verified = decoded(state["initial_values"]), decoded(state["verified"])
     run.entering, run.after = state["entering"].tolist(), state["after"].tolist()
     run.plain_from, run.verify_at = state["plain_from"], state["verify_at"]

@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 class Keeper(Protocol):
     """Keeps where runs stand, so that another process can go on from there."""
 
-    def after_step(self, em: Guarded, run: Run) -> None:
+    def after_step(self, em: Guarded, run: EMRun) -> None:
         """Called after each complete step of a run, when callbacks have seen it."""
         ...
 
-    def at_rest(self, em: Guarded, run: Run) -> None:
+    def at_rest(self, em: Guarded, run: EMRun) -> None:
         """Called where the steps of a run end, before the param store gets its values."""
         ...
 
-    def at_fork(self, em: Guarded, run: Run) -> None:
+    def at_fork(self, em: Guarded, run: EMRun) -> None:
         """Called where the path of a run begins to depend on ``max_steps`` or ``tol``."""
         ...
 
@@ -108,7 +108,7 @@ class Seen:
 
 
 @dataclass(eq=False)
-class Run:
+class EMRun:
     """One start: its name in words, its path and where it stands.
 
     Attributes:
@@ -203,7 +203,7 @@ class Run:
         """Forget the steps after the first ``num_steps``."""
         del self.entering[num_steps:], self.after[num_steps:]
 
-    def copied(self) -> Run:
+    def copied(self) -> EMRun:
         """The same run as it stands now, with a path of its own."""
         out = copy.copy(self)
         out.entering, out.after = list(self.entering), list(self.after)
@@ -235,7 +235,7 @@ class Run:
         self.message = ""
 
 
-def best_of(runs: Sequence[Run]) -> Run:
+def best_of(runs: Sequence[EMRun]) -> EMRun:
     """The best evidence among sound starts; a degenerate one only where there is no other."""
     usable = [r for r in runs if r.last is not None]
     sound = [r for r in usable if r.status not in (EMStatus.DEGENERATE, EMStatus.UNBOUNDED)]

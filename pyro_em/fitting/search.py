@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.fitting.run import Run
+from pyro_em.fitting.run import EMRun
 
 
 @dataclass(eq=False)
@@ -32,8 +32,8 @@ class Search:
 
     generator: torch.Generator
     drawn: Tensor = field(init=False)
-    runs: list[Run] = field(default_factory=list)
-    waiting: list[Run] = field(default_factory=list)
+    runs: list[EMRun] = field(default_factory=list)
+    waiting: list[EMRun] = field(default_factory=list)
     stage: int = 0
     done: int = 0
     is_short: bool = False

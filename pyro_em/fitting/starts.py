@@ -17,7 +17,7 @@ from pyro_em.fitting.guarded import Guarded
 from pyro_em.fitting.history import EMStatus
 from pyro_em.fitting.loop import calls_stop, has_run_away, iterate, read_anew, settle
 from pyro_em.fitting.point import LeftPoint
-from pyro_em.fitting.run import Run, Settings
+from pyro_em.fitting.run import EMRun, Settings
 from pyro_em.fitting.schemes import AUTO, SCHEMES
 from pyro_em.fitting.stopping import is_quick
 from pyro_em.fitting.symmetric import is_symmetric, warn_symmetric
@@ -26,7 +26,7 @@ from pyro_em.tracing.parameters import restore, snapshot, values_of
 from pyro_em.updates.m_step import apply_floors
 
 
-def run_start(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r: int) -> Run:
+def run_start(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r: int) -> EMRun:
     """Run EM from one start until something stops it.
 
     Args:
@@ -45,7 +45,7 @@ def run_start(em: Guarded, settings: Settings, beginning: Beginning, init: Any, 
     return run
 
 
-def short_run(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r: int) -> Run:
+def short_run(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r: int) -> EMRun:
     """Run EM from one start for as many steps as ``settings`` say, for `continue_run` to go on."""
     run = _set_out(em, settings, beginning, init, r)
     if run.last is not None:
@@ -53,25 +53,25 @@ def short_run(em: Guarded, settings: Settings, beginning: Beginning, init: Any, 
     return run
 
 
-def lengthen_run(em: Guarded, settings: Settings, run: Run, r: int) -> None:
+def lengthen_run(em: Guarded, settings: Settings, run: EMRun, r: int) -> None:
     """Run EM on from where a short run was left for as many steps in all as ``settings`` say."""
     if _taken_up(em, run):
         iterate(em, settings, run, r)
 
 
-def continue_run(em: Guarded, settings: Settings, run: Run, r: int) -> None:
+def continue_run(em: Guarded, settings: Settings, run: EMRun, r: int) -> None:
     """Run EM on from where a short run was left until something stops it."""
     if _taken_up(em, run):
         _proceed(em, settings, run, r)
 
 
-def resume_run(em: Guarded, settings: Settings, run: Run, r: int) -> None:
+def resume_run(em: Guarded, settings: Settings, run: EMRun, r: int) -> None:
     """Run EM on from where another process left it until something stops it."""
     if run.last is not None:
         _proceed(em, settings, run, r)
 
 
-def revive(em: Guarded, run: Run) -> None:
+def revive(em: Guarded, run: EMRun) -> None:
     """Put a run's parameters into the store, and make the E-step at them again if it was let go."""
     em.start_over()
     restore(em.program.graph.parameters, run.parameters)
@@ -81,7 +81,7 @@ def revive(em: Guarded, run: Run) -> None:
         run.record(em.program, at)
 
 
-def _taken_up(em: Guarded, run: Run) -> bool:
+def _taken_up(em: Guarded, run: EMRun) -> bool:
     """Whether a run can go on; its parameters are in the store then."""
     if run.last is None or run.status is not EMStatus.MAX_STEPS:
         return False
@@ -93,10 +93,10 @@ def _taken_up(em: Guarded, run: Run) -> bool:
     return True
 
 
-def _set_out(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r: int) -> Run:
+def _set_out(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r: int) -> EMRun:
     """The first parameters of a start and the E-step at them; without it, the status says why."""
     em.start_over()
-    run = Run(snapshot(em.program.graph.parameters), name=name_of_start(init))
+    run = EMRun(snapshot(em.program.graph.parameters), name=name_of_start(init))
     if init is not None:
         run.initial_values = values_of(em.program.graph.parameters)
     try:
@@ -125,7 +125,7 @@ def _set_out(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r
     return run
 
 
-def _goes_on(em: Guarded, settings: Settings, run: Run, r: int) -> bool:
+def _goes_on(em: Guarded, settings: Settings, run: EMRun, r: int) -> bool:
     """Take the steps before a later verification, and verify them; whether steps follow.
 
     They follow from where the run paused, not from what the store has rounded: a fit is the same to the
@@ -142,7 +142,7 @@ def _goes_on(em: Guarded, settings: Settings, run: Run, r: int) -> bool:
     return confirmed is not None
 
 
-def _proceed(em: Guarded, settings: Settings, run: Run, r: int) -> None:
+def _proceed(em: Guarded, settings: Settings, run: EMRun, r: int) -> None:
     """Steps to the end, which a fresh trace of the model confirms."""
     try:
         if settings.acceleration is None:
@@ -172,7 +172,7 @@ def _proceed(em: Guarded, settings: Settings, run: Run, r: int) -> None:
             run.status = EMStatus.SYMMETRIC
 
 
-def _alternate(em: Guarded, settings: Settings, run: Run, r: int) -> None:
+def _alternate(em: Guarded, settings: Settings, run: EMRun, r: int) -> None:
     """A few plain steps, accelerated ones until they promise little, plain steps that may stop.
 
     With ``"auto"`` plain steps go on for as long as they are quick.

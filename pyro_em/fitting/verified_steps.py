@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pyro_em.fitting.guarded import Guarded, warn_disagreement
 from pyro_em.fitting.history import EMStatus
-from pyro_em.fitting.run import Run, Settings
+from pyro_em.fitting.run import EMRun, Settings
 
 # Steps before the first verification where an earlier reading of the model was confirmed.
 LATER = 8
@@ -23,7 +23,7 @@ def may_verify_later(em: Guarded, settings: Settings) -> bool:
     return settings.verify and em.data is None and em.program.is_known
 
 
-def is_confirmed(em: Guarded, run: Run, when: str) -> bool | None:
+def is_confirmed(em: Guarded, run: EMRun, when: str) -> bool | None:
     """Hold a fresh trace against the steps since the last one; where it differs, take them back.
 
     Args:
