@@ -11,7 +11,8 @@ import torch
 
 from pyro_em import html
 from pyro_em.plan.cost import contraction_from_structure
-from pyro_em.plan.routes import Observation, Route, observations_of, reduced, routes_with_guide
+from pyro_em.plan.routes import Observation, Route, observations_of, routes_with_guide
+from pyro_em.plan.routing import reduced
 from pyro_em.portable import Portable
 from pyro_em.tracing.missing import Missing
 from pyro_em.updates.update import (

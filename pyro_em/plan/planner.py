@@ -29,14 +29,8 @@ from pyro_em.plan.notes import unbounded_priors
 from pyro_em.plan.plan import Plan, plan_of
 from pyro_em.plan.program import Program
 from pyro_em.plan.request import Request
-from pyro_em.plan.routes import (
-    Route,
-    decide_routes,
-    matching,
-    reduced,
-    routes_of,
-    routes_with_guide,
-)
+from pyro_em.plan.routes import Route, matching, routes_of, routes_with_guide
+from pyro_em.plan.routing import decide_routes, reduced
 from pyro_em.plan.task import Task
 from pyro_em.plan.unrouted import Unrouted, are_of_routes, without_route
 from pyro_em.plan.unused import noting_unused_optimiser, without_unused_strategy
