@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 from pyro_em.tracing.operations import OperationLog, is_view
+from pyro_em.tracing.shadow_shapes import shadow_from
 
 Operation = Callable[..., Any]
 
@@ -247,7 +248,8 @@ def _shadowed(func: Operation, args: tuple, kwargs: dict[str, Any]) -> Any:
     args, kwargs = tuple(map(_as_shadow, args)), {k: _as_shadow(a) for k, a in kwargs.items()}
     if kwargs.get("device") is not None:
         kwargs["device"] = _META
-    out = func(*args, **kwargs)
+    out = shadow_from(func, args, kwargs)
+    out = func(*args, **kwargs) if out is None else out
     if isinstance(out, (bool, int, float)):
         raise NumbersNeeded
     return out
