@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.densities.gaussian import Gaussian, Prepared
+from pyro_em.densities.natural import formed
 from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
 from pyro_em.families.family import Family, expected_log_density
@@ -97,9 +98,9 @@ class Owned:
 
     def values(self, components: Components) -> dict[str, Tensor]:
         """The parameters at components."""
-        mean = (components.mu + self.rule.centre).reshape(self.shapes[0]).to(self.dtypes[0])
+        mean = formed(components.mu + self.rule.centre, self.shapes[0], self.dtypes[0])
         spread = components.root if self.is_factor else components.spread
-        return {self.loc: mean, self.spread: spread.reshape(self.shapes[1]).to(self.dtypes[1])}
+        return {self.loc: mean, self.spread: formed(spread, self.shapes[1], self.dtypes[1])}
 
     def m_step(
         self, components: Components, moments: Tensor, mass: Tensor

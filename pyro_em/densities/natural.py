@@ -37,6 +37,13 @@ _IMPOSSIBLE = -1e30  # log 0, such that 0 · log 0 = 0 in a product
 _MANY_CELLS = 2**24
 
 
+def formed(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The same numbers in another shape and dtype; a look is quicker than an operation for nothing."""
+    if t.shape != shape:
+        t = t.reshape(shape)
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class State:
     """φ and η at some parameter values.
@@ -74,7 +81,7 @@ class Segment:
     constant: Tensor | None = None
     group: int = -1
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements of the parameter."""
         return math.prod(self.shape)
@@ -88,7 +95,7 @@ class Segment:
 
     def value(self, phi: Tensor) -> Tensor:
         """The parameter's value that stands in φ."""
-        return phi[self.start : self.start + self.numel].reshape(self.shape).to(self.dtype)
+        return formed(phi.narrow(0, self.start, self.numel), self.shape, self.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,6 +27,8 @@ def _log_probs(arguments: Arguments) -> Tensor:
 def log_or_minus_infinity(p: Tensor) -> Tensor:
     """log p with log 0 = −inf and a zero gradient there."""
     positive = p > 0
+    if not torch.is_grad_enabled():
+        return torch.where(positive, p, 0.0).log()
     return torch.where(positive, torch.where(positive, p, 1.0).log(), -torch.inf)
 
 

@@ -186,8 +186,8 @@ class Mixture(QuickBlock):
             g, x = self._few
             p: Prepared = at.prepared[g]
             if p.linear is not None:
-                joint = torch.addmm(constant + p.constant, p.linear, x)
-                return self._summed(at, eta, self._at_once(joint, g, x))
+                joint = torch.addmm(constant.to(x.dtype) + p.constant, p.linear, x)
+                return self._summed(at, eta, self._at_once(joint, g, x, may_clamp))
         thetas = [None if f.linear is None else _theta(eta, f.linear) for f in self.factors]
         sums = Collected(self.N)
         for begin in range(0, self.N, self.chunk):
@@ -236,17 +236,18 @@ class Mixture(QuickBlock):
         if len(f.normals) != 1 or len(f.reads) < len(self.shape.sizes) or self.chunk < self.N:
             return None
         ((g, rule),) = f.normals.items()
-        if type(rule) is not Gaussian or rule.stored is None or rule.x.dtype != torch.float64:
+        if type(rule) is not Gaussian or rule.stored is None:
             return None
         return g, rule.stored
 
-    def _at_once(self, joint: Tensor, g: int, features: Tensor) -> Collected:
+    def _at_once(self, joint: Tensor, g: int, features: Tensor, may_clamp: bool) -> Collected:
         """Evidence and sums of a few rows, from the log densities of their cells. # (K, N)"""
-        top, weights, mass = unnormalised(joint, False)
+        top, weights, mass = unnormalised(joint, may_clamp)
         weights.div_(mass)
         sums = Collected(self.N)
-        sums["evidence"] = top.sum() + sum_of_logs(mass)
-        sums["mass"], sums[g] = weights.sum(1), weights @ features.T
+        sums["evidence"] = top.sum(dtype=torch.float64) + sum_of_logs(mass)
+        sums["mass"] = weights.sum(1, dtype=torch.float64)
+        sums[g] = (weights @ features.T).to(torch.float64)
         return sums
 
     def _swept(self, at: At, constant: Tensor, g: int, rule: CompiledRows) -> Collected | None:

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from pyro_em.tracing.allocation import OutputTooLarge, Unwatched, size_guard
-from pyro_em.tracing.dependences import Reading
-from pyro_em.tracing.operations import OperationLog
+from pyro_em.tracing.dependences import Reading, checksum
+from pyro_em.tracing.operations import HELD, PARAMETER, OperationLog
 
 _MOST_CALLS = 4096  # of a run; what is longer is known by its operations
 
@@ -104,6 +104,9 @@ _ITERATOR = type(iter(()))  # of a tensor's parts
 
 
 _PLAIN = (bool, int, float, complex, str, bytes)
+
+
+_COUNTING = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
 _NAMES = (
@@ -256,17 +259,27 @@ class CallLog(OperationLog):
 
     def origin(self, tensor: Tensor, is_fresh: bool = False) -> Hashable:
         """Whence a tensor comes, and how it lies in its memory."""
-        try:
-            known = len(self._origin)
-            found = super().origin(tensor)
-        except (RuntimeError, NotImplementedError):
-            # One of many in a vmap has no memory of its own.
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
             return self._unknown()
-        if len(self._origin) > known:
-            self._hold(tensor.untyped_storage())
-        if tensor.numel() == 1 and not (tensor.is_floating_point() or tensor.is_complex()):
-            return found, int(tensor)  # torch may read it as a size, a bound or a shift
-        return found
+        try:
+            memory = tensor.untyped_storage()
+        except NotImplementedError:  # one of many in a vmap
+            return self._unknown()
+        at = memory.data_ptr()
+        known = self._origin.get(at)
+        if type(known) is int:
+            known -= len(self.entries) if self._end is None else self._end
+        else:
+            if known is None:
+                known = self._origin[at] = (HELD, checksum(tensor))
+                self._hold(memory)
+            if self.reading is not None and known[0] != PARAMETER:
+                self.reading.note(tensor)
+        dtype = tensor.dtype
+        laid = (tensor.shape, tensor.stride(), tensor.storage_offset(), dtype, tensor.requires_grad)
+        if dtype in _COUNTING and tensor.numel() == 1:
+            return known, laid, int(tensor)  # torch may read it as a size, a bound or a shift
+        return known, laid
 
     def add_sites(self, sites: Mapping[str, Mapping[str, Any]]) -> None:
         """Note all sites of the run, which is over."""

@@ -50,6 +50,7 @@ class Memory:
     tensor: Tensor
     version: int
     content: Hashable = None
+    _seen: tuple[int, torch.Size, Any] | None = None  # where it lay, and the same as bytes
 
     @classmethod
     def of(cls, tensor: Tensor) -> Memory:
@@ -58,7 +59,17 @@ class Memory:
 
     def is_changed(self) -> bool:
         """Whether it was written, counted or not."""
-        return _version(self.tensor) != self.version or checksum(self.tensor) != self.content
+        tensor = self.tensor
+        if _version(tensor) != self.version:
+            return True
+        seen = self._seen
+        if seen is not None and seen[0] == tensor.data_ptr() and seen[1] == tensor.shape:
+            return zlib.crc32(seen[2]) != self.content  # as `checksum` has found it before
+        if checksum(tensor) != self.content:
+            return True
+        if _is_whole(tensor):
+            self._seen = tensor.data_ptr(), tensor.shape, tensor.detach().numpy()
+        return False
 
     def is_seen_to_change(self) -> bool:
         """The same, where it costs next to nothing: in the midst of runs."""
@@ -209,8 +220,7 @@ def checksum(tensor: Tensor) -> Hashable:
     if not _is_plain(tensor):
         return None
     t = tensor.detach()
-    is_common = t.dtype in _COMMON and t.device.type == "cpu" and not t.is_neg()
-    if is_common and t.is_contiguous() and t.numel() * t.element_size() <= _WHOLE:
+    if _is_whole(t):
         return zlib.crc32(t.numpy())
     for dim in range(t.dim()):
         if t.stride(dim) == 0 and t.shape[dim] > 1:
@@ -228,6 +238,12 @@ def checksum(tensor: Tensor) -> Hashable:
         begin = i * (len(content) - _BLOCK) // (blocks - 1)
         found = zlib.crc32(content[begin : begin + _BLOCK], found)
     return found
+
+
+def _is_whole(t: Tensor) -> bool:
+    """Whether all of a tensor is in its checksum, and lies there as it is."""
+    is_common = t.dtype in _COMMON and t.device.type == "cpu" and not t.is_neg()
+    return is_common and t.is_contiguous() and t.numel() * t.element_size() <= _WHOLE
 
 
 def flat_bytes(t: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ _STRIDED = torch.strided
 
 _OF_TRANSFORMS = ("_inv", "_cached_x_y")  # what a transform remembers of its use
 
-_MADE, _HELD, _PARAMETER = "made of numbers", "held by the model", "value of a parameter"
+_MADE, HELD, PARAMETER = "made of numbers", "held by the model", "value of a parameter"
 
 _OPTIONS = (torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 
@@ -115,7 +115,7 @@ class OperationLog:
 
     def know(self, tensor: Tensor, parameter: str) -> None:
         """Note that a tensor, made aside, is the value of a parameter."""
-        self._origin[_storage(tensor)] = (_PARAMETER, parameter)
+        self._origin[_storage(tensor)] = (PARAMETER, parameter)
 
     def _shared(self, note: tuple[Any, ...]) -> tuple[Any, ...]:
         """A note, or the earlier one that it equals: the steps of a long run are alike.
@@ -140,8 +140,8 @@ class OperationLog:
             known = self._origin[at] = (_MADE, checksum(tensor))
         else:
             if known is None:
-                known = self._origin[at] = (_HELD, checksum(tensor))
-            if self.reading is not None and known[0] not in (_MADE, _PARAMETER):
+                known = self._origin[at] = (HELD, checksum(tensor))
+            if self.reading is not None and known[0] not in (_MADE, PARAMETER):
                 self.reading.note(tensor)
         laid = (tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad)
         if len(self.entries) < _NEAR:  # see `_shared`

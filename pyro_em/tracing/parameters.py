@@ -332,7 +332,7 @@ def versions_of(parameters: Mapping[str, TracedParameter]) -> tuple[int, ...]:
 
 def snapshot(parameters: Mapping[str, TracedParameter]) -> dict[str, torch.Tensor]:
     """Copies of all unconstrained parameters."""
-    return {name: p.unconstrained.detach().clone() for name, p in parameters.items()}
+    return {name: p.unconstrained.data.clone() for name, p in parameters.items()}
 
 
 def restore(

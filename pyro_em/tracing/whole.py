@@ -2,7 +2,7 @@
 
 Handlers leave the process as they found it when a model raises. An interrupt can come while one of
 them is entered or left: then a plate keeps its dimension ("duplicate plate" in every later run), a
-handler or a dispatch mode its place, validation its state. Whoever runs a model puts back what was
+handler or a mode of torch its place, validation its state. Whoever runs a model puts back what was
 there.
 """
 
@@ -25,6 +25,7 @@ class LeftWhole:
         forget_lost_plates()
         self._handlers, self._plates = list(_PYRO_STACK), list(_DIM_ALLOCATOR._stack)
         self._modes, self._grad = torch._C._len_torch_dispatch_stack(), torch.is_grad_enabled()
+        self._functions = torch._C._len_torch_function_stack()
         self._validation = [part.is_validation_enabled() for part in _VALIDATING]
         return self
 
@@ -37,6 +38,8 @@ class LeftWhole:
             _DIM_ALLOCATOR._stack[:] = self._plates
         while torch._C._len_torch_dispatch_stack() > self._modes:
             torch._C._pop_torch_dispatch_stack(None)
+        while torch._C._len_torch_function_stack() > self._functions:
+            torch._C._pop_torch_function_stack()
         if torch.is_grad_enabled() != self._grad:
             torch.set_grad_enabled(self._grad)
         for part, was in zip(_VALIDATING, self._validation, strict=True):

@@ -4,11 +4,13 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from torch.overrides import _push_mode
 from torch.utils._device import DeviceContext
 
 from pyro_em.tracing.allocation import OutputTooLarge
 from pyro_em.tracing.calls import CallLog
 from pyro_em.tracing.operations import OperationLog
+from pyro_em.tracing.whole import LeftWhole
 
 X = torch.tensor([1.0, -2.0, 3.0])
 W = torch.tensor([0.5, 0.25, 1.0])
@@ -135,6 +137,13 @@ def test_both_logs_see_one_run_and_what_is_aside_is_in_neither():
     assert complete and log.finished() == calls == notes(run, x=X)[0]
     assert log.beneath.finished() == operations
     assert len(operations) > 2 * len(calls)
+
+
+def test_a_mode_that_an_interrupt_left_behind_is_taken_off():
+    with pytest.raises(KeyboardInterrupt), LeftWhole():
+        _push_mode(DeviceContext("cpu"))
+        raise KeyboardInterrupt
+    assert not torch._C._len_torch_function_stack()
 
 
 def test_sites_are_told_apart_by_the_calls_that_made_their_tensors():
