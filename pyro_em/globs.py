@@ -18,7 +18,6 @@ from pyro_em.errors import UnknownNameError, UsageError, message
 
 _DIGITS = re.compile(r"(\d+)")
 
-
 _LISTED = 6  # names of one numbering that a message lists; of more the first and the last
 
 

@@ -24,9 +24,7 @@ from pyro_em.errors import PyroEMError, UsageError, message
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset)
 
-
 _LIBRARIES = frozenset({"pyro_em", "pyro", "torch", "numpy"}) | sys.stdlib_module_names
-
 
 _FUNCTIONS = (types.FunctionType, types.MethodType)
 

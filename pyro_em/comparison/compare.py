@@ -46,9 +46,7 @@ from pyro_em.tracing.turns import alone
 
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1)
 
-
 SEEDS = (0, 1, 2, 3, 4)
-
 
 KEYWORDS = (
     "max_steps",

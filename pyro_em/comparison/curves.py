@@ -15,7 +15,6 @@ import numpy as np
 
 _PER_DECADE = 12
 
-
 _WINDOW = 20
 
 

@@ -14,7 +14,6 @@ from pyro_em.comparison.curves import Curve
 
 Sweep: TypeAlias = Mapping[float | None, tuple[Curve, ...]]
 
-
 _EXTENSIONS = 2
 
 

@@ -30,12 +30,9 @@ from pyro_em.graph.factors import Group
 
 _MANY = 24
 
-
 FEW_CELLS = 2**20
 
-
 _BLOCK = 2**13
-
 
 _LIMIT = {torch.float64: 1e4, torch.float32: 1e3}
 

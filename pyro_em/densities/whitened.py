@@ -22,7 +22,6 @@ from torch import Tensor
 
 _NEAR = 1e3
 
-
 _ROWS = 1024  # at a time: what is computed of them stays in the cache
 
 

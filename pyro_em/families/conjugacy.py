@@ -108,9 +108,7 @@ def _flat(a: Arguments) -> tuple[Tensor, Tensor]:
 
 _BY_ROOT = (("sqrt",), ("power 0.5",))
 
-
 _BY_INVERSE_ROOT = (("rsqrt",), ("power -0.5",), ("sqrt", "reciprocal"), ("reciprocal", "sqrt"))
-
 
 _RULES: Mapping[tuple[type, Kind, tuple[str, ...]], Contribution] = {
     (dist.Dirichlet, Kind.SIMPLEX, ()): _dirichlet,

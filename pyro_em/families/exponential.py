@@ -164,7 +164,6 @@ def _von_mises_log_density(value: Tensor, a: Arguments) -> Tensor:
 
 _SHAPE_AND_RATE = ("concentration", "rate")
 
-
 FAMILIES = (
     Family(
         dist.Gamma,

@@ -37,7 +37,6 @@ from pyro_em.families.predicted import PredictedForm
 
 Arguments = Mapping[str, Tensor]
 
-
 Statistics = dict[str, Tensor]
 
 
@@ -75,15 +74,11 @@ class Link:
 
 IDENTITY = Link("identity", lambda a: a, lambda a: a)
 
-
 LOGIT = Link("logit", _logit, torch.sigmoid)
-
 
 LOG_SIMPLEX = Link("log", log_of, lambda a: torch.softmax(a, -1))
 
-
 CHOLESKY = Link("Cholesky factor", _cholesky, lambda a: a @ a.mT)
-
 
 PRECISION = Link("inverse", _inverse, _inverse)
 

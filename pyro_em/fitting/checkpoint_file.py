@@ -24,9 +24,7 @@ from pyro_em.tracing.files import check_writable, read_whole, write_whole
 
 FORMAT = "pyro_em checkpoint 2"
 
-
 _SHARE = 0.01  # of the time of a fit that writing may take where the user named no number of steps
-
 
 _FIRST = 0.01  # seconds that the first writing is taken to cost
 

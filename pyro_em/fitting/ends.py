@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 _SAME = 1e-2  # nats within which two ends count as one
 
-
 _SHOWN = 4
 
 

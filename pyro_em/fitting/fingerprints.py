@@ -35,12 +35,9 @@ from pyro_em.variational.bound import Variational
 
 Fingerprint = dict[str, Any]
 
-
 _BLOCK = 2**24  # bytes of which a checksum is taken at once
 
-
 _NEAR = 1e-6  # relative, within which two sums of arguments are equal
-
 
 _NUMBERS = (bool, int, float, str)
 

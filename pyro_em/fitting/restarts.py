@@ -32,18 +32,13 @@ from pyro_em.tracing.parameters import restore, snapshot
 # Per start after the first: how many candidates run for how many steps in all.
 STAGES = ((6, 5), (2, 40))
 
-
 DEAR_STAGES = ((3, 5),)  # where every step runs the model
-
 
 MIX = ("random points", "random k-means", "nearest points", "random hard")
 
-
 _TWINS = 1e-2  # nats within which two candidates are taken for one
 
-
 _UNSOUND = (EMStatus.DEGENERATE, EMStatus.UNBOUNDED)
-
 
 _OVER = (EMStatus.INTERRUPTED, EMStatus.STOPPED)
 

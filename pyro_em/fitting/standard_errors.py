@@ -38,7 +38,6 @@ from pyro_em.tracing.parameters import TracedParameter
 
 _SLIGHT = 1e-3  # curvature, relative to that of each coordinate, that a slope may leave
 
-
 _NEARLY = (
     1e-4  # of a square: what is left of terms that cancel, with directions that are nearly right
 )

@@ -29,7 +29,6 @@ _MANY_SITES = 1500  # sites in all runs together up to which every pair of eleme
 _FEW, _MOST = 3, 10  # halves of a plate that are moved
 _DRAWS = 64  # values of a latent that is read as a number, until something moves
 
-
 Sites = Mapping[str, Mapping[str, Any]]
 
 

@@ -22,12 +22,9 @@ from pyro_em.tracing.runs import is_of_validation
 
 MANY_STEPS = "write a chain as: for t in pyro.markov(range(T)): ..."
 
-
 MANY_ROWS = "put independent latents into a pyro.plate"
 
-
 TREES = "write a tree with nested `with pyro.markov():` scopes"
-
 
 _LONG = 400  # characters of a foreign message that are shown
 

@@ -27,15 +27,11 @@ logger = logging.getLogger("pyro_em")
 
 Sites = Mapping[str, Mapping[str, Any]]
 
-
 Rerun = Callable[[Mapping[str, Tensor]], Sites]
-
 
 _LARGE = 1 << 17  # elements of a latent from which on a run is dear
 
-
 _GAUSSIAN = ("Normal", "MultivariateNormal")
-
 
 _NO_GAP = "parameters of its own has no gap"
 

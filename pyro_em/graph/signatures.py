@@ -62,7 +62,6 @@ _OPEN = frozenset(
 
 _SMALL = 4096  # cells of a saved tensor that is compared
 
-
 _MOST = 64  # selections that are kept from run to run
 
 

@@ -53,7 +53,6 @@ class FitWishes:
 
 ACCELERATIONS = ("auto", "quasi-newton", "squarem")
 
-
 _STOCHASTIC = ("batch_size", "num_epochs", "num_data", "validation", "schedule")
 
 

@@ -23,7 +23,6 @@ from pyro_em.posteriors.vectors import Rows
 
 Cluster = Callable[[Tensor, Tensor, int, torch.Generator, Tensor | None], Tensor]
 
-
 Start = None | Literal["random", "kmeans", "random points"] | Mapping[str, Any]
 
 

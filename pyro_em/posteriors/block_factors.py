@@ -25,12 +25,9 @@ from pyro_em.posteriors.square_root import square_root
 
 _MANY = 2**24  # numbers that the rows of one site may add to M at once
 
-
 _MOST = 2**27  # numbers that the rows of some blocks may take in all
 
-
 _EPSILON = 2.0**-53
-
 
 _LOSS = 1e-11  # nats that the log evidence of a block may lose where its rows could do better
 

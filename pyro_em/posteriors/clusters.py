@@ -18,7 +18,6 @@ from pyro_em.errors import UsageError, message
 
 _LLOYD_STEPS = 30
 
-
 _MANY_ROWS = 10_000
 
 

@@ -43,7 +43,6 @@ Numbers = npt.NDArray[np.float64]
 
 _COLLAPSED = 1e-8  # of a feature's variance: the step through tables judges such a noise
 
-
 _LOG_2PI = math.log(2 * math.pi)
 
 

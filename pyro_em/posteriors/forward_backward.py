@@ -29,16 +29,13 @@ from torch import Tensor
 
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
-
 _FEW = 128  # steps of all sequences for which numba is not started: half a second, as long as it
 # saves in a thousand E-steps. A rule by size alone, so that a fit repeated gives the same digits.
 
 
 _EVERY = 16  # steps between two normalisations
 
-
 _BLOCK = 2**16  # numbers of α that are combined with β at once: temporaries stay in the cache
-
 
 _LEAST = 1e-100  # mass that must be left after them: what is lost below 1e-308 cannot matter then
 

@@ -24,7 +24,6 @@ Solved = Mapping[int, Integrated | ConjugateSolution | ScaledSolution]
 
 NESTED_BLOCKS = (GaussianBlock, ConjugateBlock, StackedConjugates, ScaledBlock)
 
-
 Densities = Callable[[Mapping[str, Tensor], Sequence[int]], Mapping[int, Tensor]]
 
 

@@ -27,7 +27,6 @@ _HAS_NUMBA = importlib.util.find_spec("numba") is not None
 # the same digits.
 _FEW = 256
 
-
 _T = TypeVar("_T", StateSpace, Filtered, Smoothed)
 
 

@@ -61,7 +61,6 @@ from pyro_em.updates.linear_moments import LinearMoments, linear_moments
 
 _STEPS = 6  # moves to the mode at most: the first, and mostly one refinement
 
-
 _SHORT = 1e-10  # nats; one more move makes far less of it
 
 

@@ -17,9 +17,7 @@ from numba.extending import intrinsic
 
 _WIDTH = 8  # numbers side by side; LLVM splits what a machine's registers do not hold
 
-
 _STEPS = 16  # steps whose transitions are counted together
-
 
 ONE = np.ones((1, 1))  # the weight where none is given
 

@@ -30,7 +30,6 @@ from pyro_em.posteriors.enumeration import Tables, forward
 
 AT_ONCE = 2**22  # elements of one latent that are drawn together
 
-
 Codes = Mapping[str, Tensor]
 
 

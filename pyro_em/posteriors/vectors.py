@@ -28,7 +28,6 @@ from pyro_em.tracing.sites import Role
 
 _Key = tuple[str, int, int]
 
-
 _SYMBOLS = ("Categorical", "OneHotCategorical", "Bernoulli")
 
 

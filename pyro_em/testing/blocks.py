@@ -29,7 +29,6 @@ from pyro_em.updates.statistics import Expectation, group_statistics
 
 _LIMIT = 20_000
 
-
 _TOGETHER = 2_000  # assignments of one run
 
 

@@ -23,12 +23,9 @@ from pyro_em.tracing.shadow_shapes import shadow_from
 
 Operation = Callable[..., Any]
 
-
 _META = torch.device("meta")
 
-
 _SMALL = 4096  # cells; what is smaller is not counted
-
 
 _KEPT_BYTES = 2**26  # what a model makes of nothing and may keep has numbers up to this size
 

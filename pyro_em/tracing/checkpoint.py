@@ -30,12 +30,9 @@ from pyro_em.tracing.parameters import restore as write_back
 
 VERSION = 2
 
-
 FORMAT = f"pyro_em {VERSION}"
 
-
 _OLDEST = 1  # that is still read; it has no checksum
-
 
 _FIELDS = {"names": list, "unconstrained": dict, "constraints": dict, "total_steps": int}
 
@@ -244,7 +241,6 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 _ZIP = b"PK\x03\x04"
-
 
 _OURS = (b"pyro_em ", b"unconstrained", b"constraints", b"total_steps")
 

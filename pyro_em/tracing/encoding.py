@@ -27,7 +27,6 @@ _RECORD, _ARRAY, _PLACED = "record of", "array", "on device"
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
 
-
 _OWN = "pyro_em."
 
 

@@ -17,7 +17,6 @@ from pyro_em.errors import FileError, message
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 

@@ -18,7 +18,6 @@ ALIGNED, EVENTS, PLAIN = "aligned", "events", "plain"
 
 _FEW = 61  # steps of a long loop whose looks go by values
 
-
 EARLIER = "<earlier>"  # the tag of what comes from steps before those that a step may read
 
 

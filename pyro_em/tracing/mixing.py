@@ -56,12 +56,9 @@ _ALONG = _words("""
 
 _LAST = _words("sort argsort topk kthvalue median mode diff")
 
-
 _FIRST = _words("unbind chunk split tensor_split cat concat concatenate msort __iter__")
 
-
 _SECOND = _words("normalize cosine_similarity")
-
 
 _DIM_AT: Mapping[str, int] = {"roll": 2, "quantile": 2, "norm": 2, "topk": 2, "kthvalue": 2} | {
     "split": 2,
@@ -77,9 +74,7 @@ _DIM_AT: Mapping[str, int] = {"roll": 2, "quantile": 2, "norm": 2, "topk": 2, "k
 
 _PERMUTE = _words("permute transpose t swapaxes swapdims movedim moveaxis adjoint mT T __get__")
 
-
 _RESHAPE = _words("view reshape flatten unflatten view_as reshape_as ravel")
-
 
 _MATRIX = _words("""
     cholesky linalg_cholesky cholesky_ex linalg_cholesky_ex inverse linalg_inv linalg_det det logdet
@@ -89,7 +84,6 @@ _MATRIX = _words("""
 
 
 _WHOLE = (None, None, None)
-
 
 _PRODUCT = _words("matmul mm bmm mv dot inner __matmul__ __rmatmul__")
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 _DEPTH = 3  # functions that call functions, containers that hold containers
 
-
 _MANY = 256  # entries of a container
 
 
@@ -213,7 +212,6 @@ def _content(cell: Any) -> Any:
 
 
 _LIBRARIES = ("torch", "pyro", "pyro_em", "numpy", "pandas", "logging", "tqdm", "matplotlib")
-
 
 NUMBERS = (bool, int, float, complex, str, bytes, type(None))
 

@@ -30,7 +30,6 @@ _SHOWN = _words("size dim ndimension numel __len__ stride is_floating_point get_
 # A body that lays an index out itself takes it for a tensor of one dimension.
 _LAID_OUT = _words("unsqueeze reshape view expand flatten squeeze tolist numpy")
 
-
 _BY_ELEMENT = _words("""
     add sub rsub mul div true_divide floor_divide remainder fmod pow neg abs exp log sqrt sin cos
     tanh sigmoid eq ne lt le gt ge float double long int to clamp minimum maximum floor ceil round

@@ -28,18 +28,13 @@ from pyro_em.updates.update import Gradient
 
 Objective = Callable[[Mapping[str, Tensor]], Tensor]
 
-
 _NEWTON_SIZE = 24
-
 
 _NEWTON_STEPS = 4
 
-
 _FAR = 0.8  # of the digits of a number: a factor of 3e12 in float64, 3e5 in float32
 
-
 _CLIMBS = 4  # each after the first begins where coordinates have left a bound
-
 
 _CLIFF = 0.02  # how much further a coordinate is moved to see whether the model breaks there
 

@@ -28,27 +28,19 @@ from torch import Tensor
 
 Function = Callable[[Tensor], tuple[float, Tensor]]
 
-
 _DECREASE = 1e-4  # c₁
-
 
 _CURVATURE = 0.9  # c₂
 
-
 _MEMORY = 20  # steps that H is made of
-
 
 _TRIALS = 25  # points at which one search may look
 
-
 _FLAT = 1e-11  # a gradient that counts as none
-
 
 _NOTHING = 1e-15  # a step, or a gain, that counts as none
 
-
 _SHORT = 1e-2  # a way, relative to x, on which values reveal their rounding
-
 
 _NOISE = 0.05  # rounding of values at most: more than that is a jump
 

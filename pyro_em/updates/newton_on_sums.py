@@ -36,24 +36,17 @@ from pyro_em.updates.unbounded import Runaway, unbounded_in_words
 
 _LONGEST = 3.0  # of a coordinate in one step
 
-
 _STEPS = 200
-
 
 _TRIALS = 30
 
-
 _CUTS = 3  # steps in a row that end where sums no longer tell, before these are taken anew
-
 
 _LAST = 1e-5  # a step after which the next is lost in rounding: convergence is quadratic
 
-
 _UNFINISHED = 1e-6  # nats per datum that a maximum cannot still promise
 
-
 _BLURRED = 1e-3  # nats per datum of rounding: what grew so large has no maximum
-
 
 _TINY = 1e-290
 

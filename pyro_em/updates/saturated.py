@@ -21,18 +21,13 @@ from pyro_em.tracing.parameters import TracedParameter
 
 Loss = Callable[[Mapping[str, Tensor]], Tensor]
 
-
 _NEAR = 1e-3  # as a share of the width of an interval
-
 
 _ALONE = 16  # coordinates that are searched one after the other; more are moved together
 
-
 _GAIN = 1e-9  # nats per unit of expected count that a step inwards must promise
 
-
 _WIDTHS = (0.5, 0.25, 0.75, 0.1, 0.9, 0.03, 0.97, 1e-2, 1e-3, 1e-4, 1e-6)
-
 
 _DECADES = tuple(10.0**k for k in (0, 1, -1, 2, -2, 3, -3, 4, -4, 6, -6))
 

@@ -20,7 +20,6 @@ from pyro_em.tracing.sites import is_subsample
 
 Encoder = Callable[[Tensor], Tensor]
 
-
 Key = int | str
 
 
