@@ -319,7 +319,7 @@ def _forward(
         size,
         before,
         after,
-        _work((n + k, n), (n, n), (n, n), (D, n), (M, n), (2, max(n, D))),
+        _work((n + k, n + 3), (n, n), (n, n), (D, n), (M, n), (2, max(n, D))),
     )
     return nats, predicted, mean
 
@@ -368,7 +368,14 @@ def _backward(
         place,
         totals,
         (
-            *_work((told, n + told), (wide, wide + told), (n, n), (n, n), (M, told), (wide, told)),
+            *_work(
+                (told, n + told + 3),
+                (wide, wide + told + 3),
+                (n, n),
+                (n, n),
+                (M, told),
+                (wide, told),
+            ),
             np.zeros(((wide + 3) // 4, told, 4)),
             *_work((M, n), (2, told + k + 3)),
         ),

@@ -19,12 +19,8 @@ from pyro_em.posteriors.kalman_recursions import SAME
 
 Work = tuple[np.ndarray, ...]  # what loops write over; Numba's own arrays take a second to compile
 
-_any_order: Callable[[Any], Any] = numba.njit(
-    fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", cache=True, nogil=True
-)
-_in_order: Callable[[Any], Any] = numba.njit(
-    fastmath={"contract", "nsz", "arcp"}, error_model="numpy", cache=True, nogil=True
-)
+_SHORT = {"contract", "nsz", "arcp"}  # sums in the order of their terms
+_INSIDE: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def keyed(function: Callable[..., Any], key: str) -> FunctionType:
@@ -60,26 +56,42 @@ def compiled(function: Callable[..., Any]) -> Any:
     Args:
         function: What Numba can compile.
     """
-    return _any_order(keyed(function, _KEY))
+    return _compiled(function, {"reassoc", *_SHORT}, {"no_cfunc_wrapper": True})
 
 
-def compiled_in_order(function: Callable[..., Any]) -> Any:
+def inside(function: Callable[..., Any]) -> Any:
+    """The same of one that only compiled functions call, which takes less time to compile.
+
+    Args:
+        function: What Numba can compile.
+    """
+    return _compiled(function, {"reassoc", *_SHORT}, _INSIDE)
+
+
+def inside_in_order(function: Callable[..., Any]) -> Any:
     """The same, with sums in the order of their terms: short ones, several at a time.
 
     Args:
         function: What Numba can compile.
     """
-    return _in_order(keyed(function, _KEY))
+    return _compiled(function, _SHORT, _INSIDE)
 
 
-@compiled_in_order
+def _compiled(function: Callable[..., Any], fast: set[str], options: dict[str, Any]) -> Any:
+    make: Any = numba.njit
+    decorator = make(fastmath=fast, error_model="numpy", cache=True, nogil=True, **options)
+    return decorator(keyed(function, _KEY))
+
+
+@inside_in_order
 def reflect(X: np.ndarray, rows: int, above: int, pivots: int, columns: int) -> None:
     """Householder's triangle of the first columns, with a positive diagonal; the others go along.
 
-    Four columns are taken side by side, which is quicker than one after the other.
+    Four columns are taken side by side, which is quicker than one after the other; those after the last
+    are zero.
 
     Args:
-        X: # (rows or more, columns or more)
+        X: # (rows or more, columns and three more, or more)
         rows: How many rows count.
         above: How many of them are above those that are a triangle already.
         pivots: How many columns are made triangular.
@@ -96,8 +108,7 @@ def reflect(X: np.ndarray, rows: int, above: int, pivots: int, columns: int) -> 
         turn = -1.0 if first > 0.0 else 1.0  # the sign of what is left on the diagonal
         v = first - turn * norm
         tau = 1.0 / (size + abs(first) * norm)
-        c = p + 1
-        while c + 3 < columns:
+        for c in range(p + 1, columns, 4):
             one, two, three, four = v * X[p, c], v * X[p, c + 1], v * X[p, c + 2], v * X[p, c + 3]
             for i in range(p + 1, end):
                 x = X[i, p]
@@ -116,20 +127,10 @@ def reflect(X: np.ndarray, rows: int, above: int, pivots: int, columns: int) -> 
                 X[i, c + 1] -= two * x
                 X[i, c + 2] -= three * x
                 X[i, c + 3] -= four * x
-            c += 4
-        while c < columns:
-            one = v * X[p, c]
-            for i in range(p + 1, end):
-                one += X[i, p] * X[i, c]
-            one *= tau
-            X[p, c] = turn * (X[p, c] - one * v)
-            for i in range(p + 1, end):
-                X[i, c] -= one * X[i, p]
-            c += 1
         X[p, p] = norm
 
 
-@compiled
+@inside
 def copy(x: np.ndarray, out: np.ndarray) -> None:
     """Numba's own assignment of arrays takes a second to compile."""
     for i in range(x.shape[0]):
@@ -137,7 +138,7 @@ def copy(x: np.ndarray, out: np.ndarray) -> None:
             out[i, j] = x[i, j]
 
 
-@compiled
+@inside
 def settle(new: np.ndarray, old: np.ndarray, n: int, within: float) -> bool:
     """Whether two matrices are the same, row by row; the first is then kept in the second."""
     largest, same = 0.0, True
@@ -155,7 +156,7 @@ def settle(new: np.ndarray, old: np.ndarray, n: int, within: float) -> bool:
     return same
 
 
-@compiled
+@inside
 def next_look(count: int) -> int:
     """After how many like steps to compare again, next.
 
@@ -165,7 +166,7 @@ def next_look(count: int) -> int:
     return count + 1 + count // 16
 
 
-@compiled
+@inside
 def is_like(dynamics: np.ndarray, measurement: np.ndarray, seen: np.ndarray, t: int) -> bool:
     """Whether a step has the same matrices as the one before; the first two never have."""
     if t < 2 or dynamics[t] != dynamics[t - 1] or measurement[t] != measurement[t - 1]:
@@ -177,7 +178,7 @@ def is_like(dynamics: np.ndarray, measurement: np.ndarray, seen: np.ndarray, t: 
     return True
 
 
-@compiled
+@inside
 def expect(
     A: np.ndarray,
     drift: np.ndarray,

@@ -11,8 +11,9 @@ from pyro_em.posteriors.kalman_recursions import SAME
 from pyro_em.posteriors.numba_kalman import (
     Work,
     compiled,
-    compiled_in_order,
     expect,
+    inside,
+    inside_in_order,
     is_like,
     next_look,
     reflect,
@@ -22,7 +23,7 @@ from pyro_em.posteriors.numba_kalman import (
 HALF_LOG_TWO_PI = 0.5 * np.log(2.0 * np.pi)
 
 
-@compiled
+@inside
 def _own_rows(
     Y: np.ndarray,
     R: np.ndarray,
@@ -34,7 +35,7 @@ def _own_rows(
     """What a step and all later ones say of its state: the triangle of [H/s; R].
 
     Args:
-        Y: Where its columns go, before those that go along. # (D + n, columns or more)
+        Y: Where its columns go, before those that go along. # (D + n, columns and three more, or more)
         R: What later steps say. # (n, n)
         H: # (D, n)
         w: 1/s. # (D,)
@@ -51,14 +52,14 @@ def _own_rows(
     reflect(Y, D + n, D, n, columns)
 
 
-@compiled
+@inside
 def _rows_before(
     X: np.ndarray, Y: np.ndarray, A: np.ndarray, G: np.ndarray, moves: bool, columns: int
 ) -> None:
     """What they say of its noise and of the state before: the triangle of [Y G, Y A; I, 0].
 
     Args:
-        X: Where its columns go. # (n + k, columns or more)
+        X: Where its columns go. # (n + k, columns and three more, or more)
         Y: From `_own_rows`, what goes along too. # (n or more, columns − k or more)
         A: # (n, n)
         G: # (n, k)
@@ -84,7 +85,7 @@ def _rows_before(
     reflect(X, n + k, n, k + n, columns)
 
 
-@compiled
+@inside
 def _solve(X: np.ndarray, k: int, columns: int, W: np.ndarray) -> float:
     """Multiply by U⁻¹, in place, what is right of U in its rows; return 2 log|U|.
 
@@ -118,7 +119,7 @@ def _solve(X: np.ndarray, k: int, columns: int, W: np.ndarray) -> float:
     return 2.0 * (size + np.log(product))
 
 
-@compiled
+@inside
 def _first_alike(
     dynamics: np.ndarray, measurement: np.ndarray, seen: np.ndarray, first: int, t: int
 ) -> int:
@@ -128,7 +129,7 @@ def _first_alike(
     return t
 
 
-@compiled_in_order
+@inside_in_order
 def _down(
     turn: np.ndarray,
     w: np.ndarray,
@@ -217,7 +218,7 @@ def backward(
         place: Where it goes which E and W a step has; the first is -1 if they are too many. # (T,)
         totals: Where 2 Σ log|U| goes, Σ log(√2π s) of all that is seen, and how large whitened data are
             at most. # (3,)
-        work: Zeros. # (D + n, n + D + n), (n + k, k + n + D + n), (n, n), (n, n), (M, D + n),
+        work: Zeros. # (D + n, n + D + n + 3), (n + k, k + n + D + n + 3), (n, n), (n, n), (M, D + n),
             (k + n, D + n), (at least (k + n)/4, D + n, 4), (M, n), (2, D + n + k + 3)
     """
     M, T, D = value.shape

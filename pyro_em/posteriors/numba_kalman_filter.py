@@ -15,6 +15,7 @@ from pyro_em.posteriors.numba_kalman import (
     Work,
     compiled,
     copy,
+    inside,
     is_like,
     next_look,
     reflect,
@@ -22,7 +23,7 @@ from pyro_em.posteriors.numba_kalman import (
 )
 
 
-@compiled
+@inside
 def _predict(X: np.ndarray, S: np.ndarray, A: np.ndarray, G: np.ndarray) -> None:
     """S becomes the lower triangle of [A S, G]."""
     n, k = G.shape
@@ -40,7 +41,7 @@ def _predict(X: np.ndarray, S: np.ndarray, A: np.ndarray, G: np.ndarray) -> None
             S[i, j] = X[j, i] if j <= i else 0.0
 
 
-@compiled
+@inside
 def _update(S: np.ndarray, h: np.ndarray, s: float, gain: np.ndarray) -> float:
     """S after one number y = h'x + s e, and its gain; return its variance."""
     n = len(h)
@@ -63,7 +64,7 @@ def _update(S: np.ndarray, h: np.ndarray, s: float, gain: np.ndarray) -> float:
     return f
 
 
-@compiled
+@inside
 def _square(S: np.ndarray, P: np.ndarray) -> None:
     """P = S S' of a lower triangle."""
     n = len(S)
@@ -113,7 +114,7 @@ def forward(
         determinant: Where the steps' log determinants go. # (T,)
         before: Where predicted covariances go. # (T, n, n)
         after: Where filtered covariances go. # (T, n, n)
-        work: Zeros. # (n + k, n), (n, n), (n, n), (D, n), (M, n), (2, max(n, D))
+        work: Zeros. # (n + k, n + 3), (n, n), (n, n), (D, n), (M, n), (2, max(n, D))
     """
     M, T, D = value.shape
     n = A.shape[-1]
