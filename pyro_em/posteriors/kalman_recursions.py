@@ -76,8 +76,7 @@ class Reflections:
             if len(out) == look:
                 if is_same(_t(later), last):
                     break
-                # What converges slowly changes little from a step to the next, far from its end.
-                last, look = _t(later), look + 4 + look // 16
+                last, look = _t(later), next_look(look)
         return before, out, _t(later)
 
     def _next(self) -> tuple[Floats, torch.Tensor]:
@@ -107,7 +106,7 @@ def _rows_of_numbers(
             if abs(r - last) <= SAME * r:
                 steps = count
                 break
-            last, look = r, look + 4 + look // 16
+            last, look = r, next_look(look)
         every.append(r)
     rows = np.asarray(every[:steps])
     of_data, D = np.empty((steps, len(h) + 1)), len(h)
@@ -264,6 +263,14 @@ def _settled(x: Floats) -> int:
     last = x[:, -1:]
     near = (np.abs(x - last) <= _limit(last, SAME)).all((0, 2, 3))
     return int(near.argmax()) + 1
+
+
+def next_look(count: int) -> int:
+    """After how many like steps to compare again, with what was found at the last look.
+
+    What converges slowly changes little from a step to the next, and is far from its end.
+    """
+    return count + 4 + count // 16
 
 
 def is_same(new: Floats, old: Floats, within: float = SAME) -> bool:

@@ -40,6 +40,7 @@ from pyro_em.posteriors.kalman_recursions import (
     Reflections,
     covariances,
     is_same,
+    next_look,
     scanned,
 )
 from pyro_em.posteriors.state_space import Filtered, Smoothed, StateSpace
@@ -223,24 +224,26 @@ def _forward(arrays: Arrays) -> _Forward:
     array = np.zeros((B, n + k + D, D + n))
     upper = np.triu(np.ones((D + n, D + n)))
     place, steps, found = np.empty(T, np.int64), [], []
-    steady, alike = False, arrays.alike.tolist()
-    for t in range(T):
-        if not (steady and alike[t]):
-            if not alike[t]:
-                u, v = arrays.dynamics[t], arrays.measurement[t]
-                H = arrays.loading(t)
-                to = np.concatenate([_t(H), np.broadcast_to(np.eye(n), (len(H), n, n))], -1)
-                move, array[:, n : n + k] = _t(arrays.A[:, u]) @ to, _t(arrays.G[:, u]) @ to
-                array[:, n + k :, :D] = arrays.deviation[:, v, :, None] * np.eye(D)
+    for start, end in arrays.stretches:
+        u, v = arrays.dynamics[start], arrays.measurement[start]
+        H = arrays.loading(start)
+        to = np.concatenate([_t(H), np.broadcast_to(np.eye(n), (len(H), n, n))], -1)
+        move, array[:, n : n + k] = _t(arrays.A[:, u]) @ to, _t(arrays.G[:, u]) @ to
+        array[:, n + k :, :D] = arrays.deviation[:, v, :, None] * np.eye(D)
+        last, look = St, 8
+        for t in range(start, end):
             array[:, :n] = St @ move
             triangle = _reflected(array)[:, : D + n] * upper
             triangle *= np.copysign(1.0, triangle.diagonal(axis1=-2, axis2=-1))[..., None]
-            new = triangle[:, D:, D:]
-            steady = alike[t] and t % 2 == 0 and is_same(new, St)
-            St = new
+            St = triangle[:, D:, D:]
             found.append(triangle)
             steps.append(t)
-        place[t] = len(found) - 1
+            place[t] = len(found) - 1
+            if t - start == look:
+                if is_same(St, last):
+                    place[t:end] = len(found) - 1
+                    break
+                last, look = St, next_look(look)
     places = Places(place, np.asarray(steps))
     triangles = np.stack(found, 1)
     root, roots = triangles[..., D:, D:], triangles[..., :D, :D]

@@ -478,7 +478,9 @@ def test_steps_that_repeat_only_after_many(way: str, monkeypatch: pytest.MonkeyP
     )
     found = smoothed(space)
     assert found.transitions.shape[1] < 500
-    same(found, smoothed(with_no_two_alike(space)), 2e-14)
+    whole = with_no_two_alike(space)
+    same(found, smoothed(whole), 2e-14)
+    same(filtered(space), filtered(whole), 2e-14)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
