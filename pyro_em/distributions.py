@@ -236,8 +236,10 @@ def satisfies(constraint: constraints.Constraint, value: Tensor) -> bool:
     surely = _SURELY.get(type(constraint))
     if surely is not None and value.numel() and surely(value):
         return True
-    if is_real(constraint) and not bool(torch.isnan(value).any()):
-        return True
+    if is_real(constraint) and (
+        math.isfinite(float(value.sum())) or not bool(torch.isnan(value).any())
+    ):
+        return True  # of finite numbers and of infinite ones, but not of NaN
     return bool(constraint.check(value).all())
 
 

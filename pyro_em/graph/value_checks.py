@@ -207,7 +207,7 @@ def data_problems(
     mask = element_mask(fn, site["mask"])
     if mask is False:
         return []
-    shown = value.new_ones((), dtype=torch.bool)
+    shown: Tensor | bool = True
     if isinstance(mask, Tensor):
         shown = mask.reshape(mask.shape + (1,) * (fn.event_dim - reinterpreted))
         try:

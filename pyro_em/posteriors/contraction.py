@@ -163,7 +163,8 @@ def _dims_of_message(plan: ContractionPlan, slot: int) -> tuple[str, ...]:
 
 def evidence(terms: Iterable[tuple[tuple[str, ...], Tensor]]) -> Tensor:
     """The log evidence in nats: the sum of a contraction's terms."""
-    total = torch.zeros((), dtype=torch.float64)
+    total: Tensor | None = None
     for _, value in terms:
-        total = total.to(value.device) + value.sum()
-    return total
+        part = value.sum(dtype=torch.float64)
+        total = part if total is None else total.to(part.device) + part
+    return torch.zeros((), dtype=torch.float64) if total is None else total

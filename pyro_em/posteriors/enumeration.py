@@ -132,7 +132,9 @@ def forward(
         ring: How variables are eliminated.
         extra: Further tables of the plan.
     """
-    leaves = [t.detach().to(torch.float64).requires_grad_() for t in (*tables, *extra)]
+    leaves = [t.detach().to(torch.float64) for t in (*tables, *extra)]
+    if torch.is_grad_enabled():
+        leaves = [leaf.requires_grad_() for leaf in leaves]
     n = len(tables)
     # The gradient of a view needs no memory of its own, where all cells count alike.
     flat = [

@@ -17,6 +17,7 @@ been shown, and calls were noted beside it, later runs are held against the call
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -152,7 +153,8 @@ class CallLog(OperationLog):
         Raises:
             OutputTooLarge: From the midst of the block.
         """
-        self._limit, self._mode = limit, _Calls(self)
+        mode = _CallsBesideDynamo if "torch._dynamo" in sys.modules else _Calls
+        self._limit, self._mode = limit, mode(self)
         with ExitStack() as stack:
             if self.beneath is not None:
                 stack.enter_context(size_guard(limit, self.beneath))
@@ -337,3 +339,9 @@ class _Calls(TorchFunctionMode):
                 self.log.is_complete = False
             return func(*args)  # an attribute: the form of a tensor, or the tensor seen otherwise
         return self.log.call(func, args, kwargs or {})
+
+
+class _CallsBesideDynamo(_Calls):
+    """The same where ``torch.compile`` is in use, which must not compile the noting itself."""
+
+    __torch_function__ = torch._disable_dynamo(_Calls.__torch_function__)

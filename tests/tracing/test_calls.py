@@ -157,3 +157,24 @@ def test_sites_are_told_apart_by_the_calls_that_made_their_tensors():
 
     assert noted(0, 1) == noted(0, 1)
     assert len({str(noted(i, j)) for i in range(3) for j in range(3)}) == 9
+
+
+@pytest.mark.slow
+def test_what_is_compiled_is_seen_and_the_noting_is_not_compiled(recwarn):
+    import torch._dynamo
+
+    torch._dynamo.reset(), torch._dynamo.utils.counters.clear()
+    shifts = [False]
+    compiled = torch.compile(
+        lambda x: x.roll(1) * 2 if shifts[0] else x.sin() * 2, backend="aot_eager"
+    )
+    found = []
+    for shifts[0] in (False, False, True, False):
+        log = CallLog([("x", X)])
+        with log.noting(2**20):
+            compiled(X)
+        assert log.is_complete
+        found.append(log.finished())
+    assert found[0] == found[1] == found[3] != found[2]
+    frames = torch._dynamo.utils.counters["frames"]
+    assert frames["total"] <= 8, "the noting is traced too"
