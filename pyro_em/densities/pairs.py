@@ -35,8 +35,8 @@ def unfolding(D: int, device: torch.device) -> Tensor:
 
 def with_products(x: Tensor) -> Tensor:
     """x, and x_i x_j of the `upper_pairs`. # (D, rows) to (D + P, rows)"""
-    (D, rows), P = x.shape, len(x) * (len(x) + 1) // 2
-    out = x.new_empty(2 * D + P, rows)
+    D, rows = x.shape
+    out = x.new_empty(2 * D + D * (D + 1) // 2, rows)
     out[: 2 * D].view(2, D, rows).copy_(x)
     blocks = (D + 1) // 2
     end = (2 + blocks) * D

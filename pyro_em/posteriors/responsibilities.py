@@ -13,6 +13,9 @@ from torch import Tensor
 _LOG2_E = math.log2(math.e)
 
 
+_MANY = 2048
+
+
 def unnormalised(joint: Tensor, may_clamp: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The largest log density of each row, the exponential of what the others are below it, its sum.
 
@@ -34,16 +37,14 @@ def unnormalised(joint: Tensor, may_clamp: bool) -> tuple[Tensor, Tensor, Tensor
 
 
 def sum_of_logs(mass: Tensor) -> Tensor:
-    """Σ log of numbers between one and that of components: eight of them share a logarithm. # ()"""
+    """Σ log of numbers between one and that of components: of many, eight share a logarithm. # ()"""
     out = mass.to(torch.float64)
     for _ in range(3):
-        half = len(out) // 2
-        if half < 256:
+        half, odd = divmod(out.shape[0], 2)
+        if half < _MANY:  # a logarithm is cheaper than what it takes to share it
             break
         rest = out[2 * half :]
-        out = (
-            torch.cat([out[:half] * out[half : 2 * half], rest])
-            if len(rest)
-            else (out[:half] * out[half:])
-        )
+        out = out[:half] * out[half : 2 * half]
+        if odd:
+            out = torch.cat([out, rest])
     return out.log().sum()
