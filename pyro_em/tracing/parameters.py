@@ -284,16 +284,23 @@ def parameters_read() -> Iterator[dict[str, torch.Tensor]]:
 
 
 class _ParameterRecord(Messenger):
-    """The unconstrained tensor of every parameter that is read."""
+    """The unconstrained tensor of every parameter that is read.
+
+    Guide and model of a network read each of its parameters, at every step: messages are taken as
+    they come, without a look-up of methods by name.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[str, torch.Tensor] = {}
 
-    def _pyro_param(self, msg: dict[str, Any]) -> None:
-        _start_apart(msg)
+    def _process_message(self, msg: Any) -> None:
+        if msg["type"] == "param" and msg["name"] not in self.found:
+            _start_apart(msg)
 
-    def _pyro_post_param(self, msg: dict[str, Any]) -> None:
+    def _postprocess_message(self, msg: Any) -> None:
+        if msg["type"] != "param":
+            return
         value = msg["value"]
         if value is not None:
             own = value.unconstrained() if hasattr(value, "unconstrained") else value
