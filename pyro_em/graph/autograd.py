@@ -38,6 +38,7 @@ from pyro_em.graph.bilinear import as_bilinear
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.composites import as_composite
 from pyro_em.graph.log_affine import as_log_affine
+from pyro_em.graph.named_leaves import NamedLeaves
 from pyro_em.graph.nodes import Point, below_expansion, is_leaf, nodes_below
 from pyro_em.graph.products import as_product, as_sum
 from pyro_em.graph.reached import Reached
@@ -146,10 +147,10 @@ def leaves_below(tensors: Iterable[Tensor]) -> set[int]:
 
 def _leaves_below(node: Node, leaves: Mapping[str, Tensor]) -> tuple[tuple[str, ...], bool]:
     """Names of the parameters below a node in the order of ``leaves``; whether no other leaf is."""
-    names = {id(leaf): name for name, leaf in leaves.items()}
+    known = NamedLeaves.of(leaves)
     found = {
-        names.get(id(n.variable))  # type: ignore[attr-defined]
+        known.name_of(n.variable)  # type: ignore[attr-defined]
         for n in nodes_below(node)
         if is_leaf(n)
     }
-    return tuple(name for name in leaves if name in found), None not in found
+    return known.in_order(n for n in found if n is not None), None not in found

@@ -20,7 +20,7 @@ from pyro_em.errors import DataError, Finding, ModelError
 def latent_problems(
     name: str,
     site: Mapping[str, Any],
-    scopes: Mapping[str, frozenset[str]],
+    children: Sequence[str],
     marginals: Callable[[str], tuple[str, ...]],
 ) -> list[Finding]:
     """A latent without an exact posterior.
@@ -28,7 +28,7 @@ def latent_problems(
     Args:
         name: The latent.
         site: The site as traced.
-        scopes: Per site the latents that reach it.
+        children: The sites that it reaches.
         marginals: How to do without a latent, in sentences.
     """
     fn = site["fn"]
@@ -44,7 +44,6 @@ def latent_problems(
         ]
     if has_finite_support(fn):
         return []
-    children = [n for n, scope in scopes.items() if name in scope and n != name]
     because = "other sites depend on it: " + ", ".join(repr(c) for c in children[:5])
     base, joined, _ = unwrap(fn)
     kind = type(base).__name__

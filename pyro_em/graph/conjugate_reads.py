@@ -28,6 +28,7 @@ from pyro_em.graph.conjugate_model import ConjugateModel
 from pyro_em.graph.conjugate_record import ConjugateRead, NotConjugate, refused
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.linearity import Breaks
+from pyro_em.graph.named_leaves import NamedLeaves
 from pyro_em.graph.powers import power_of
 from pyro_em.graph.shares import share_of, share_of_log_odds
 from pyro_em.graph.signatures import Recurring
@@ -56,7 +57,7 @@ def read_conjugates(
         NotConjugate: If a latent has a child that is not conjugate to it.
     """
     structure, kernels = given.structure, given.kernels
-    values = {n: v.requires_grad_() for n, v in given.inside(31).items()}
+    values = NamedLeaves({n: v.requires_grad_() for n, v in given.inside(31).items()})
     others = given.inside(47)
     with at_moved(structure.parameters, seed=31) if at is None else nullcontext():
         try:

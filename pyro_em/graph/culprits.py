@@ -16,6 +16,7 @@ from pyro_em.graph.jacobians import SitePlace, refusal
 from pyro_em.graph.linearity import breaks_of
 from pyro_em.graph.lines import is_gaussian
 from pyro_em.graph.means import reaching, refusals
+from pyro_em.graph.named_leaves import NamedLeaves
 from pyro_em.tracing.runs import Run
 
 
@@ -40,6 +41,7 @@ def culprits(run: Run, values: Mapping[str, Tensor]) -> Culprits:
         run: With the latents at values that are leaves of autograd.
         values: These.
     """
+    values = NamedLeaves.of(values)
     alone: dict[str, Finding] = {}
     products = []
     for name, site in run.sites.items():

@@ -193,6 +193,7 @@ def _findings(
     coupled = coupled_latents(model, args, kwargs, plain, tagged.suspects & latents.keys(), counted)
     order = {name: i for i, name in enumerate(factors)}
     site_plates = {n: tuple(own) for n, own in frames.items()}
+    children = _children(scopes)
     marginals = marginals_of(model, args, kwargs, plain, scopes, not guide_given)
     of_latents: list[Finding] = []
     of_others: list[Finding] = []
@@ -214,7 +215,7 @@ def _findings(
         found = of_latents if unobserved else of_others
         no_route: list[Finding] = []
         if unobserved:
-            no_route = latent_problems(name, site, scopes, marginals)
+            no_route = latent_problems(name, site, children.get(name, ()), marginals)
             if not guide_given:
                 among = [c.problem() for c in coupled.get(name, ()) if c.part]
                 found.extend(no_route or among)
@@ -298,6 +299,16 @@ def _findings(
         of_parameters = [*given_problems(given, NO_NUMBERS), *of_parameters]
     forget_bad_starts(plain.parameters)
     return structure, [*of_latents, *of_parameters, *of_others]
+
+
+def _children(scopes: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """Per latent the sites that it reaches, in the order of the model."""
+    out: dict[str, list[str]] = {}
+    for child, scope in scopes.items():
+        for latent in scope:
+            if latent != child:
+                out.setdefault(latent, []).append(child)
+    return out
 
 
 def _info_like(

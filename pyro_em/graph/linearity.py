@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
+from pyro_em.graph.named_leaves import NamedLeaves
+
 # Operations that are linear in all that they read.
 _SUMS = re.compile(
     "Add|Alias|AsStrided|Cat|Clone|ConstantPadNd|Copy|Cumsum|DiagEmbed|Diagonal|Expand|Flip|Gather|"
@@ -78,12 +80,12 @@ def breaks_of(
     """
     if tensor.grad_fn is None:
         return
-    names = {id(leaf): name for name, leaf in leaves.items()}
+    known = NamedLeaves.of(leaves)
     reach: dict[Node, frozenset[str]] = {}
     for node in parents_first(tensor.grad_fn):
         variable = getattr(node, "variable", None)
         if variable is not None:
-            name = names.get(id(variable))
+            name = known.name_of(variable)
             reach[node] = frozenset() if name is None else frozenset([name])
             continue
         sides = [frozenset() if n is None else reach[n] for n, _ in node.next_functions]

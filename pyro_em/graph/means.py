@@ -17,6 +17,7 @@ from pyro_em.graph.jacobians import Coefficients, SitePlace, coefficients_of, re
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.linearity import why_not_linear
 from pyro_em.graph.lines import NotLinear, is_gaussian, is_matrix_of_rows
+from pyro_em.graph.named_leaves import NamedLeaves
 from pyro_em.graph.sparse_lines import narrowed
 from pyro_em.tracing.runs import Run
 from pyro_em.tracing.sites import Role, mask_tensor, tensors_of
@@ -42,8 +43,8 @@ def reaching(name: str, site: Mapping[str, Any], values: Mapping[str, Tensor]) -
     """The latents on which the density of a site depends, in the order of their values."""
     parts = [t for t in tensors_of(site["fn"]) if t.requires_grad]
     parts += _outside(name, site, values)
-    reached = {latent for t in parts for latent in known_below(t, values)}
-    return tuple(n for n in values if n in reached)
+    found = NamedLeaves.of(values)
+    return found.in_order(latent for t in parts for latent in known_below(t, found))
 
 
 def _outside(name: str, site: Mapping[str, Any], values: Mapping[str, Tensor]) -> list[Tensor]:
@@ -148,6 +149,7 @@ def means_of(
         NotLinear: If a mean is not linear, or something else of a site reads a latent.
     """
     run, at_zero = runs
+    values = NamedLeaves.of(values)
     out = []
     for name, info in layout.structure.sites.items():
         site = run.sites[name]

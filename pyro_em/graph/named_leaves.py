@@ -1,0 +1,54 @@
+"""Leaf tensors by name, which are known by their identity as well.
+
+A loop over T steps has as many latents, and each site asks which of them reach it: whoever lists all
+names for each answer takes T² steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import Tensor
+
+
+class NamedLeaves(Mapping[str, Tensor]):
+    """A mapping of names to leaf tensors that also finds the name of a tensor.
+
+    Args:
+        leaves: The tensors by name. They are not to change as long as this is in use.
+    """
+
+    def __init__(self, leaves: Mapping[str, Tensor]) -> None:
+        self._leaves = leaves
+        self._names = {id(leaf): name for name, leaf in leaves.items()}
+        self._places: dict[str, int] | None = None
+
+    @classmethod
+    def of(cls, leaves: Mapping[str, Tensor]) -> NamedLeaves:
+        """Leaves whose names are found: as they are, where they are known to be."""
+        return leaves if isinstance(leaves, cls) else cls(leaves)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._leaves[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._leaves
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._leaves)
+
+    def __len__(self) -> int:
+        return len(self._leaves)
+
+    def name_of(self, tensor: Tensor) -> str | None:
+        """The name of a tensor; None where it is none of the leaves."""
+        return self._names.get(id(tensor))
+
+    def in_order(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Each of some names once, in the order of the leaves."""
+        known = set(names)
+        if len(known) <= 1:
+            return tuple(known)
+        if self._places is None:
+            self._places = {name: place for place, name in enumerate(self._leaves)}
+        return tuple(sorted(known, key=self._places.__getitem__))
