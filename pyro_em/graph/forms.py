@@ -29,15 +29,23 @@ _MOST = 2**16  # cells of one tensor; larger ones are worth a look of their own
 _PLAIN: tuple[type, ...] = (int, float, bool, str, type(None))
 
 
-def form_of(site: Mapping[str, Any]) -> Hashable | None:
-    """What determines all of a traced site but numbers and names; None for an unusual one."""
+def form_of(site: Mapping[str, Any], layouts: dict[int, Hashable] | None = None) -> Hashable | None:
+    """What determines all of a traced site but numbers and names; None for an unusual one.
+
+    Args:
+        site: The site.
+        layouts: What is known of distributions that are alive, by their identity; it is filled.
+    """
     value, scale = site["value"], site["scale"]
     if site["mask"] is not None or isinstance(scale, Tensor) or scale != 1.0:
         return None
     value = _untagged(value)
     if value is None or value.requires_grad:
         return None
-    own = _of_distribution(site["fn"])
+    layouts, fn = {} if layouts is None else layouts, site["fn"]
+    if id(fn) not in layouts:
+        layouts[id(fn)] = layout_of_distribution(fn)
+    own = layouts[id(fn)]
     if own is None:
         return None
     return (
@@ -54,7 +62,8 @@ def forms_of(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Hashable | Non
     if len(sites) < FEW:
         return dict.fromkeys(sites)
     known: dict[Hashable, Hashable] = {}  # a form is long, and kept once
-    forms = ((name, form_of(site)) for name, site in sites.items())
+    layouts: dict[int, Hashable] = {}
+    forms = ((name, form_of(site, layouts)) for name, site in sites.items())
     return {name: known.setdefault(form, form) for name, form in forms}
 
 
@@ -104,6 +113,14 @@ def equal_to_first(tensors: Sequence[Tensor]) -> Tensor:
     return out
 
 
+def have_equal_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype hold the same bits."""
+    if a is b:
+        return True
+    as_bits = _BITS.get(a.dtype)
+    return torch.equal(a, b) if as_bits is None else torch.equal(a.view(as_bits), b.view(as_bits))
+
+
 _BITS = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
@@ -112,7 +129,8 @@ _BITS = {
 }
 
 
-def _of_distribution(fn: Any) -> Hashable | None:
+def layout_of_distribution(fn: Any) -> Hashable | None:
+    """What determines all of a distribution but the numbers in its tensors; None where unknown."""
     if not isinstance(fn, Distribution) or isinstance(fn, MaskedDistribution):
         return None
     parts: list[Any] = [type(fn)]
@@ -128,7 +146,7 @@ def _of_distribution(fn: Any) -> Hashable | None:
             # A distribution may hold one tensor under two names.
             parts.append((name, _of_tensor(tensor), seen.setdefault(id(item), len(seen))))
         elif isinstance(item, Distribution):
-            inner = _of_distribution(item)
+            inner = layout_of_distribution(item)
             if inner is None:
                 return None
             parts.append((name, inner))

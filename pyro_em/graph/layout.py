@@ -141,9 +141,14 @@ class FactorLayout:
         moving = [a for a, t in held[0].items() if leaves is not None and t.requires_grad]
         expanded = any(0 in held[0][a].stride() for a in moving)
         graphs: dict[Hashable, list[int]] = {}
+        outlines: dict[int, tuple[Hashable, list[Tensor]] | None] = {}
         saved: list[list[Tensor]] = []
         for i, arguments in enumerate(held):
-            found = [outline(arguments[a], {}) for a in moving]
+            reached = [arguments[a] for a in moving]
+            for t in reached:
+                if id(t) not in outlines:  # steps may share one distribution
+                    outlines[id(t)] = outline(t, {})
+            found = [outlines[id(t)] for t in reached]
             shown = [f for f in found if f is not None]
             key = tuple(f[0] for f in shown) if len(shown) == len(found) else None
             saved.append(

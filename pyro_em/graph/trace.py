@@ -21,6 +21,7 @@ from pyro_em.graph.factors import FIXED_SIZE, FactorGraph, Latent
 from pyro_em.graph.failures import changing_sites
 from pyro_em.graph.forms import FEW, forms_of, in_forms
 from pyro_em.graph.layout import FactorLayout
+from pyro_em.graph.shared_distributions import SharedDistributions
 from pyro_em.graph.side_effects import refuse_clearing
 from pyro_em.graph.signatures import KeptSelections, Recurring
 from pyro_em.graph.slices import Slices
@@ -188,6 +189,8 @@ def _traced(
 
     From ``few`` sites of one form on these are laid out together.
     """
+    # What is noted of a run depends on it: all runs of which something is noted are alike in this.
+    is_shared = not attached and (with_bindings or log is not None)
     run = run_enumerated(
         model,
         args,
@@ -200,6 +203,7 @@ def _traced(
         attached=attached,
         reading=log,
         begin=begin,
+        met=SharedDistributions() if is_shared else None,
     )
     refuse_clearing(run, "model")
     if log is not None:

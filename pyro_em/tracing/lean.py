@@ -7,8 +7,8 @@ nothing: a ``Counter`` per site, a context manager per call, methods looked up b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeAlias
 
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.enum_messenger import EnumMessenger
@@ -19,6 +19,12 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
 from pyro_em.tracing.sites import is_latent
+
+Aside: TypeAlias = Callable[[], AbstractContextManager[None]]
+"""Opens a block whose operations are none of the model's."""
+
+Met: TypeAlias = Callable[[dict[str, Any], Aside], None]
+"""What is done with a site once it is traced, which it may change."""
 
 nothing: Any = staticmethod(id)  # what does nothing with a message, without a call of Python
 
@@ -111,9 +117,13 @@ class EnumTrace(LeanTrace, EnumMessenger):
 
     Attributes:
         draws: A block in which each latent is drawn before it is enumerated; None for no draws.
+        met: Called with each site of a distribution once it is traced; None for nothing.
+        aside: Opens a block whose operations are none of the model's.
     """
 
     draws: Callable[[], AbstractContextManager[None]] | None = None
+    met: Met | None = None
+    aside: Aside = nullcontext
 
     def __init__(
         self,
@@ -159,6 +169,8 @@ class EnumTrace(LeanTrace, EnumMessenger):
         self._value_dims[msg["name"]] = {
             dim: i for dim, i in ids.items() if n >= -dim and shape[dim] > 1
         }
+        if self.met is not None and msg["name"] in self.trace.nodes:
+            self.met(self.trace.nodes[msg["name"]], self.aside)
 
 
 @contextmanager

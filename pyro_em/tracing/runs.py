@@ -31,7 +31,7 @@ from pyro_em.errors import PyroEMError
 from pyro_em.tracing.allocation import NumbersNeeded, Overspent, Shadows, size_guard
 from pyro_em.tracing.calls import CallLog
 from pyro_em.tracing.handlers import DrawNothing, KeepValues, SpendLittle, TagSites
-from pyro_em.tracing.lean import EnumTrace, LeanTrace, WatchingTrace
+from pyro_em.tracing.lean import EnumTrace, LeanTrace, Met, WatchingTrace
 from pyro_em.tracing.memory import settle
 from pyro_em.tracing.mixing import Mixing
 from pyro_em.tracing.not_distributions import RequireDistributions
@@ -347,6 +347,7 @@ def enumerated_run(
     validated: bool = False,
     reading: Callable[..., Any] | None = None,
     begin: Begin | None = None,
+    met: Met | None = None,
 ) -> Run:
     """Run a model with ``latents`` enumerated to the left of ``max_plate_nesting`` dimensions.
 
@@ -365,11 +366,13 @@ def enumerated_run(
         validated: Whether distributions check their arguments.
         reading: Runs each operation, to note what it reads; with a limit only.
         begin: How parameters get their first values in it; None where they have values.
+        met: Called with each site once it is traced, which it may change.
     """
     log = reading if isinstance(reading, OperationLog) else None
     begins = begin is not None
     capture = ParameterCapture(values, begins, hand_out=not attached, log=log, begins=begins)
     tracer = EnumTrace(-1 - max_plate_nesting, latents, kept, capture)
+    tracer.met, tracer.aside = met, capture.quietly
     if begin is not None:
         tracer.draws, keep_random_state = capture.quietly, begin.keep_random_state
     before = store_as_it_is() if begins else None
