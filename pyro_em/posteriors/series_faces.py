@@ -195,7 +195,8 @@ def _forward(q: Posterior, names: Sequence[str]) -> Tensor | None:
             return None
     table = forward_cells(graph, q.tables)
     assert table is not None
-    rows = table[[chain.index(n) for n in names]]
+    places = {name: t for t, name in enumerate(chain)}
+    rows = table[torch.tensor([places[n] for n in names], device=table.device)]
     latent = latent_of(graph, names[0])
     return rows.reshape(len(names), *batch_shape(graph, latent), latent.size).to(graph.dtype)
 

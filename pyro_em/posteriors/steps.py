@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.latent_series import ChainForm, chain_form, kinds_of, plates_of
+from pyro_em.posteriors.forward import forward
 from pyro_em.posteriors.forward_backward import neighbours
 from pyro_em.posteriors.product_steps import product_steps
 from pyro_em.posteriors.varying import varying_neighbours
@@ -269,14 +270,8 @@ def forward_cells(graph: FactorGraph, tables: Sequence[Tensor]) -> Tensor | None
     if steps is None:
         return None
     log_l = _single(graph, steps, tables).reshape(steps.T, -1, steps.K)
-    pairs = _pairs(graph, steps, tables)
-    alpha = log_l[0].log_softmax(-1)
-    found = [alpha]
-    for likelihood, pair in zip(log_l[1:], pairs, strict=True):
-        alpha = torch.logsumexp(alpha.unsqueeze(-1) + pair, -2) + likelihood
-        alpha = alpha.log_softmax(-1)
-        found.append(alpha)
-    return torch.stack(found).exp().reshape(steps.T, *steps.sizes, steps.K)
+    log_p, _ = forward(log_l, _of_neighbours(graph, steps, tables))
+    return log_p.exp().reshape(steps.T, *steps.sizes, steps.K)
 
 
 @torch.no_grad()
@@ -326,11 +321,7 @@ def best_path(graph: FactorGraph, tables: Sequence[Tensor]) -> Tensor | None:
         products = product_steps(graph)
         return None if products is None else products.path(tables)
     log_l = _single(graph, steps, tables).reshape(steps.T, -1, steps.K)
-    alike = _transition(graph, steps, tables)
-    if alike is not None:
-        pairs = alike.expand(steps.T - 1, 1, steps.K, steps.K)
-    else:
-        pairs = _pairs(graph, steps, tables)
+    pairs = _of_neighbours(graph, steps, tables)
     return viterbi(log_l, pairs).reshape(steps.T, *steps.sizes)
 
 
@@ -370,6 +361,14 @@ def _pairs(graph: FactorGraph, steps: Steps, tables: Sequence[Tensor]) -> Tensor
             index = torch.tensor(couple.steps, device=table.device)
             pairs.index_add_(0, index, table.expand(-1, *sizes))
     return pairs.reshape(steps.T - 1, -1, steps.K, steps.K)
+
+
+def _of_neighbours(graph: FactorGraph, steps: Steps, tables: Sequence[Tensor]) -> Tensor:
+    """As `_pairs`; what is the same everywhere is one table, expanded. # (T - 1, B or 1, K, K)"""
+    alike = _transition(graph, steps, tables)
+    if alike is not None:
+        return alike.expand(steps.T - 1, 1, steps.K, steps.K)
+    return _pairs(graph, steps, tables)
 
 
 def _transition(graph: FactorGraph, steps: Steps, tables: Sequence[Tensor]) -> Tensor | None:

@@ -5,10 +5,10 @@ Steps beyond the end of a sequence have density one in every state: what is summ
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_em.posteriors.forward import forward
 from pyro_em.posteriors.forward_backward import smooth
 from pyro_em.posteriors.viterbi import viterbi
 
@@ -59,31 +59,9 @@ def best_paths(log_density: Tensor, log_pi: Tensor, log_A: Tensor, inside: Tenso
 
 def one_step_ahead(log_density: Tensor, log_pi: Tensor, log_A: Tensor) -> Tensor:
     """log p(x_t | x_1, …, x_{t-1}) by the forward recursion; # as in `smoothed` -> (B, T)"""
-    tops = log_density.amax(-1)
-    each = (log_density - tops.unsqueeze(-1)).exp().numpy()
-    ahead, A = log_pi.exp().expand(len(each), -1).numpy(), log_A.exp().numpy()
-    norms = np.empty(each.shape[:2])
-    with np.errstate(all="ignore"):
-        for t in range(each.shape[1]):
-            joint = ahead * each[:, t]
-            norms[:, t] = joint.sum(-1)
-            ahead = (joint / norms[:, t, None]) @ A
-    if (norms > _LEAST).all():
-        return torch.from_numpy(norms).log() + tops
-    return _by_logarithms(log_density, log_pi, log_A)
-
-
-_LEAST = 1e-100  # a mass that has lost nothing that may matter
-
-
-def _by_logarithms(log_density: Tensor, log_pi: Tensor, log_A: Tensor) -> Tensor:
-    ahead, out = log_pi.expand(len(log_density), -1), []
-    for now in log_density.unbind(1):
-        joint = ahead + now
-        total = joint.logsumexp(-1, keepdim=True)
-        out.append(total)
-        ahead = ((joint - total).unsqueeze(-1) + log_A).logsumexp(1)
-    return torch.cat(out, -1)
+    T, K = log_density.shape[1:]
+    log_l = _with_first(log_density, log_pi).transpose(0, 1)
+    return forward(log_l, log_A.expand(T - 1, 1, K, K))[1].T
 
 
 def _with_first(log_density: Tensor, log_pi: Tensor) -> Tensor:
