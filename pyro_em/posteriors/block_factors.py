@@ -29,6 +29,8 @@ _MOST = 2**27  # numbers that the rows of some blocks may take in all
 
 _EPSILON = 2.0**-53
 
+_LARGE = 32  # unknowns of a block from which on products of its matrices are worth avoiding
+
 _LOSS = 1e-11  # nats that the log evidence of a block may lose where its rows could do better
 
 
@@ -40,17 +42,41 @@ class BlockFactor:
         bucket: Which one.
         T: # (cells, B, d, d)
         cholesky: The lower factor of Λ. # (cells, B, d, d)
+        scale: The diagonal of T where it is a large diagonal matrix (no latent of the block reads
+            another); None elsewhere. # (cells, B, d)
     """
 
     bucket: Bucket
     T: Tensor
     cholesky: Tensor
+    scale: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return without_cached(self)
 
     @cached_property
-    def inverse(self) -> Tensor:
+    def noise(self) -> Tensor:
+        """Cov(ε) = Λ⁻¹. # (cells, B, d, d)"""
+        if self.scale is not None:
+            return torch.cholesky_inverse(self.cholesky)
+        return self._inverse.mT @ self._inverse
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """Cov(h) = T Λ⁻¹ Tᵀ. # (cells, B, d, d)"""
+        if self.scale is not None:
+            return self.scale.unsqueeze(-1) * self.noise_and_latents
+        return self._spreading.mT @ self._spreading
+
+    @cached_property
+    def noise_and_latents(self) -> Tensor:
+        """Cov(ε, h) = Λ⁻¹ Tᵀ. # (cells, B, d, d)"""
+        if self.scale is not None:
+            return self.noise * self.scale.unsqueeze(-2)
+        return self._inverse.mT @ self._spreading
+
+    @cached_property
+    def _inverse(self) -> Tensor:
         """The inverse of `cholesky`. # (cells, B, d, d)"""
         eye = torch.eye(self.bucket.size, dtype=self.T.dtype, device=self.T.device)
         return torch.linalg.solve_triangular(
@@ -58,9 +84,13 @@ class BlockFactor:
         )
 
     @cached_property
-    def spreading(self) -> Tensor:
+    def _spreading(self) -> Tensor:
         """K = cholesky⁻¹ Tᵀ, so that the covariance of h is KᵀK. # (cells, B, d, d)"""
-        return self.inverse @ self.T.mT
+        return self._inverse @ self.T.mT
+
+    def drawn(self, z: Tensor) -> Tensor:
+        """Posterior deviations of h, T L⁻ᵀ z. # (cells, B, d, n), as z"""
+        return self.T @ torch.linalg.solve_triangular(self.cholesky.mT, z, upper=True)
 
     def solve(self, gradient: Tensor) -> Tensor:
         """Λ⁻¹ g of flat vectors. # (cells, B * d)"""
@@ -163,18 +193,35 @@ def substituted(
     return torch.cat(stacked, 1).index_select(1, bucket.order).reshape(shape)
 
 
+def _scale_of(
+    layout: BlockLayout, bucket: Bucket, rows: Sequence[SiteRows], T: Tensor
+) -> Tensor | None:
+    """The diagonal of T where it is a large diagonal matrix, by its form. # (cells, B, d)"""
+    for member in bucket.members:
+        is_read = any(parents is not None for parents in member.parents)
+        is_full = rows[member.site].is_matrix and layout.sites[member.site].width > 1
+        if is_read or is_full:
+            return None
+    return T.diagonal(dim1=-2, dim2=-1) if bucket.size >= _LARGE else None
+
+
 def factorized(
     layout: BlockLayout, bucket: Bucket, rows: Sequence[SiteRows], T: Tensor, M: Tensor
-) -> Tensor:
-    """The lower factor of Λ = I + Tᵀ M T, from the rows themselves where that would lose digits.
+) -> BlockFactor:
+    """Λ = I + Tᵀ M T and its factor, from the rows themselves where that would lose digits.
 
     What rounding does to log|Λ| is about the size of the terms of Λ_ii relative to the pivots.
     """
     eye = torch.eye(bucket.size, dtype=T.dtype, device=T.device)
-    information = eye + T.mT @ M @ T
+    scale = _scale_of(layout, bucket, rows, T)
+    if scale is None:
+        information = eye + T.mT @ M @ T
+    else:
+        information = eye + scale.unsqueeze(-1) * M * scale.unsqueeze(-2)
     cholesky, failed = torch.linalg.cholesky_ex(information)
     with torch.no_grad():
-        reach = M.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().unsqueeze(-2) @ T.abs()
+        reach = M.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().unsqueeze(-2)
+        reach = reach @ T.abs() if scale is None else reach * scale.abs().unsqueeze(-2)
         pivots = cholesky.diagonal(dim1=-2, dim2=-1).square()
         lost = _EPSILON * ((1 + reach.squeeze(-2).square()) / pivots).amax(-1)
         finite = information.isfinite().flatten(2).all(-1)
@@ -184,7 +231,8 @@ def factorized(
         if exact is None:
             wrong = (failed != 0)[..., None, None]
     if exact is None:  # numbers that are not finite: the answer says so, without an error
-        return torch.where(wrong, torch.full_like(cholesky, math.nan), cholesky)
+        cholesky = torch.where(wrong, torch.full_like(cholesky, math.nan), cholesky)
+        return BlockFactor(bucket, T, cholesky, scale)
 
     if information.requires_grad:
         # Its derivatives are those of the factor of L⁻¹ Λ L⁻ᵀ, which is the identity here.
@@ -199,7 +247,7 @@ def factorized(
     cholesky = torch.where(
         (failed != 0)[..., None, None] & ~finite[..., None, None], math.nan, cholesky
     )
-    return cholesky.index_copy(1, which, exact)
+    return BlockFactor(bucket, T, cholesky.index_copy(1, which, exact), scale)
 
 
 def _from_rows(

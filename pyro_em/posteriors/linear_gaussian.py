@@ -278,7 +278,7 @@ class GaussianSolution:
             z = torch.randn(
                 shape, generator=generator, dtype=self._delta.dtype, device=self._delta.device
             )
-            delta.append((factor.spreading.mT @ z).flatten(1, 2).movedim(-1, 0))
+            delta.append(factor.drawn(z).flatten(1, 2).movedim(-1, 0))
         flat = self._delta + (torch.cat(delta, -1) if delta else 0)
         return [
             self._latent(s)[1] + flat[:, :, own.vector]
@@ -382,17 +382,17 @@ class GaussianSolution:
     @cached_property
     def _covariance(self) -> Tensor:
         """Cov(h), the flat matrices. # (cells, matrix_size)"""
-        return self._matrices([f.spreading.mT @ f.spreading for f in self._factors])
+        return self._matrices([f.covariance for f in self._factors])
 
     @cached_property
     def _noise(self) -> Tensor:
         """Cov(ε), the flat matrices. # (cells, matrix_size)"""
-        return self._matrices([f.inverse.mT @ f.inverse for f in self._factors])
+        return self._matrices([f.noise for f in self._factors])
 
     @cached_property
     def _noise_and_latents(self) -> Tensor:
         """Cov(ε, h), the flat matrices. # (cells, matrix_size)"""
-        return self._matrices([f.inverse.mT @ f.spreading for f in self._factors])
+        return self._matrices([f.noise_and_latents for f in self._factors])
 
     def _matrices(self, batches: list[Tensor]) -> Tensor:
         if not batches:
@@ -435,8 +435,7 @@ def solve(layout: BlockLayout, numbers: Sequence[SiteNumbers]) -> GaussianSoluti
     for bucket in layout.buckets:
         T = substituted(layout, bucket, rows, cells)
         M = precision[:, bucket.matrix].reshape(-1, bucket.count, bucket.size, bucket.size)
-        cholesky = factorized(layout, bucket, rows, T, M)
-        factors.append(BlockFactor(bucket, T, cholesky))
+        factors.append(factorized(layout, bucket, rows, T, M))
 
     epsilon = precision.new_zeros(cells, layout.vector_size)
     delta = epsilon

@@ -184,16 +184,44 @@ def close(found: Tensor | np.ndarray, right: np.ndarray, tolerance: float = 1e-9
     np.testing.assert_allclose(np.asarray(found), right, rtol=tolerance, atol=tolerance)
 
 
+def crossed_program(levels: tuple[int, int] = (30, 12)) -> tuple[BlockLayout, list[SiteNumbers]]:
+    """Rows that read an element of each of two latents: one block, whose latents read no other."""
+    g = torch.Generator().manual_seed(0)
+    rows = 150
+    index = [torch.randint(0, n, (rows,), generator=g) for n in levels]
+    latents = [SiteForm(f"u{k}", n, 1, is_latent=True) for k, n in enumerate(levels)]
+    data = SiteForm("x", rows, 1, False, tuple(Term(k, i) for k, i in enumerate(index)))
+    spread = torch.rand(2, levels[0], 1, generator=g).double()
+    spread[:, 3] = 0.0  # an element that has the mean of its prior
+    weight = torch.randint(0, 3, (rows, 1), generator=g).double()
+    C = torch.randn(1, rows, 1, 2, generator=g).double()
+    return BlockLayout.of([*latents, data]), [
+        SiteNumbers(None, torch.randn(1, levels[0], 1, generator=g).double(), spread),
+        SiteNumbers(None, torch.zeros(1, 1, 1).double(), torch.full((1, 1, 1), 0.7).double()),
+        SiteNumbers(
+            torch.randn(rows, 1, generator=g).double(),
+            torch.full((1, 1, 1), 0.3).double(),
+            torch.full((2, 1, 1), 0.5).double(),
+            (C[..., :1], C[..., 1:]),
+            weight=weight,
+        ),
+    ]
+
+
+def program_of(seed: int) -> tuple[BlockLayout, list[SiteNumbers]]:
+    return crossed_program() if seed < 0 else random_program(seed)
+
+
 SEEDS = range(150)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [-1, *SEEDS])
 def test_a_random_program_has_the_evidence_and_moments_of_the_dense_joint(seed: int) -> None:
-    layout, numbers = random_program(seed)
+    layout, numbers = program_of(seed)
     solution = solve(layout, numbers)
     assert not solution.degenerate
     latents = [s for s, form in enumerate(layout.sites) if form.is_latent]
-    g = np.random.default_rng(seed)
+    g = np.random.default_rng(abs(seed))
     for cell in range(solution.cells):
         right = dense(layout, numbers, cell)
         total = solution.log_evidence[cell].sum() + solution.constant[cell]
@@ -217,13 +245,13 @@ def test_a_random_program_has_the_evidence_and_moments_of_the_dense_joint(seed: 
             close(found, right.covariance[begin:end, right.first[b] : right.first[b + 1]])
 
 
-@pytest.mark.parametrize("seed", SEEDS[::3])
+@pytest.mark.parametrize("seed", [-1, *SEEDS[::3]])
 def test_the_moments_of_what_rows_read_are_those_of_the_dense_joint(seed: int) -> None:
-    layout, numbers = random_program(seed)
+    layout, numbers = program_of(seed)
     solution = solve(layout, numbers)
     cell = solution.cells - 1
     right = dense(layout, numbers, cell)
-    g = np.random.default_rng(seed)
+    g = np.random.default_rng(abs(seed))
     for s, (form, n) in enumerate(zip(layout.sites, numbers, strict=True)):
         D = form.width
         mean, covariance = solution.moments(s)
@@ -543,6 +571,25 @@ def test_gradients_are_right_and_can_be_taken_twice(
     )
     (score,) = torch.autograd.grad(evidence(*inputs), inputs[3])
     assert score.item() == pytest.approx(solution.residual_moments(1)[0].sum().item() / 0.25)
+
+
+def test_gradients_where_no_latent_reads_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyro_em.posteriors.block_factors._LARGE", 1)
+    layout, numbers = crossed_program((4, 2))
+
+    def found(spread: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        first, second, data = numbers
+        own = SiteNumbers(None, first.offset, spread)
+        rows = SiteNumbers(data.value, data.offset, noise, data.coefficients, weight=data.weight)
+        solution = solve(layout, [own, second, rows])
+        assert all(f.scale is not None for f in solution._factors)
+        every = torch.arange(4)
+        covariance = solution.covariance_of(0, every, 1, every % 2)
+        return solution.log_evidence.sum(), covariance
+
+    inputs = [(0.1 + numbers[k].spread[:1]).requires_grad_() for k in (0, 2)]
+    assert torch.autograd.gradcheck(found, inputs)
+    assert torch.autograd.gradgradcheck(lambda *a: found(*a)[0], inputs, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [0, None])
