@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_em.densities.density import PlainRows
 from pyro_em.families.family import Family, Statistics
-from pyro_em.families.overdispersed import above, histogram
+from pyro_em.families.overdispersed import MANY, above, histogram
 from pyro_em.graph.all_data import AllData
 from pyro_em.graph.factors import Group
 
@@ -126,6 +126,8 @@ def as_counts(group: Group, K: int, all_data: AllData | None = None) -> CountRow
     shape = tuple(value.shape[lead + 1 :])
     levels = value.long()
     largest = int(levels.max()) if all_data is None else all_data.largest[group.members[0]]
+    if largest > MANY:
+        return None
     if group.elements is not None:
         if group.elements.shape[lead] != 1:
             return None
