@@ -44,6 +44,8 @@ _CUTS = 3  # steps in a row that end where sums no longer tell, before these are
 
 _LAST = 1e-5  # a step after which the next is lost in rounding: convergence is quadratic
 
+_NOTHING = 1e-18  # nats per datum that no sum shows: of a density that tends to its bound for ever
+
 _UNFINISHED = 1e-6  # nats per datum that a maximum cannot still promise
 
 _BLURRED = 1e-3  # nats per datum of rounding: what grew so large has no maximum
@@ -148,6 +150,7 @@ class NewtonSolver:
         here, last, begin, held_back = problem.derivatives(u), None, u, 0
         if not bool((here.slope.abs() < EDGE).all()):
             raise AtEdge
+        mass = 1 + problem.block_masses()
         for _ in range(_STEPS):
             step, promise = _direction(here)
             length = step.abs().amax(-1)
@@ -157,7 +160,7 @@ class NewtonSolver:
             if bool((is_noise | (length == 0)).all()):
                 break
             step = torch.where(is_noise.unsqueeze(-1), 0.0, step)
-            if bool((is_noise | (length <= _LAST)).all()):
+            if bool((is_noise | (length <= _LAST) | (promise <= _NOTHING * mass)).all()):
                 u = u + problem.spread(step)
                 break
             u, here, is_cut = self._searched(problem, u, step, here)
@@ -167,7 +170,6 @@ class NewtonSolver:
             last = length
         else:
             promise = _direction(here)[1]
-        mass = 1 + problem.block_masses()
         ends = (promise <= _UNFINISHED * mass + here.rounding) & (here.rounding <= _BLURRED * mass)
         if not bool(ends.all()):
             self._refuse(problem, begin, u, here, ~ends)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -13,6 +15,7 @@ from pyro_em import Chunks, ExactPosteriorEM
 from pyro_em.posteriors.chain import Chain
 from pyro_em.posteriors.mixture import Mixture
 from pyro_em.testing import check_block
+from pyro_em.updates.newton_on_sums import NewtonSolver
 from tests.benchmarks.exponential import gamma_steps, negative_binomial_steps
 
 
@@ -108,3 +111,36 @@ def test_counts_against_numpy() -> None:
     pyro.clear_param_store()
     parts = ExactPosteriorEM(model).fit(Chunks(x, rows=50), max_steps=6, tol=0)
     assert list(parts.history) == pytest.approx(evidence, rel=1e-10)
+
+
+def counts_of_two_kinds(x: Tensor) -> None:
+    w = pyro.param("w", W.clone(), constraint=C.simplex)
+    r = positive("r", torch.tensor([1.5, 2.5], dtype=torch.float64))
+    start = torch.tensor([0.5, 0.9999], dtype=torch.float64)
+    p = pyro.param("p", start, constraint=C.unit_interval)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.NegativeBinomial(r[z], p[z]), obs=x)
+
+
+def test_large_counts_are_no_table() -> None:
+    """A number for each count below the largest would fill the memory where counts are populations."""
+    x = torch.tensor([3.0, 40000.0, 16385.0, 0.0, 25000.0], dtype=torch.float64)
+    em = ExactPosteriorEM(counts_of_two_kinds)
+    assert em.plan(x).kernel == "contraction"
+    assert em.posterior(x).log_evidence == pytest.approx(-39.17037302334481)  # scipy 1.17
+
+
+def test_a_component_of_zeros_alone_ends_its_newton_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its density tends to one at zero and never gets there: a step gains e⁻¹ of the one before."""
+    taken, search = [], NewtonSolver._searched
+
+    def counted(self: NewtonSolver, *args: Any) -> Any:
+        taken.append(1)
+        return search(self, *args)
+
+    monkeypatch.setattr(NewtonSolver, "_searched", counted)
+    x = torch.tensor([0.0, 0.0, 0.0, 3000.0, 2500.0, 4000.0], dtype=torch.float64)
+    result = ExactPosteriorEM(counts_of_two_kinds).fit(x, max_steps=5, tol=0)
+    assert len(taken) < 120
+    assert result.log_evidence == pytest.approx(-27.6405406443, abs=1e-9)  # scipy 1.17
