@@ -6,6 +6,10 @@ The pseudo-inverse leaves directions that nothing determines where they are: a n
 all logits of a row. The steps end where another would gain less than 1e-10 nats by the quadratic that
 Newton's method solves; as the method converges quadratically, what is left after it is far below. Where
 data are separated no maximum exists: the predictor goes on by one with each step, for ever less gain.
+
+Far from the maximum a predictor may be so large that its curvature is zero where its slope is not (a
+covariate in years, at a start of another unit): Newton's method knows no step along such directions.
+There the slope itself is followed, to where it changes its sign.
 """
 
 from __future__ import annotations
@@ -29,6 +33,14 @@ _GAIN = 1e-10  # nats
 _SMALL = 1e-5  # nats: where Newton's steps are trusted to converge quadratically
 
 _LEFT = 1e-20  # nats, of further steps that need not be made
+
+_ENDLESS = 1e60  # nats: more than any step gains
+
+_STEEP = 1e-6  # of the function, which a slope that no curvature bounds would change with its place
+
+_GROWTH = 8.0  # from one length to the next along such a slope
+
+_LENGTHS = 60  # that are tried
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +83,7 @@ def climb(
         finite, reached = here, now.value
         step = pseudo_solve(curvature, now.gradient, still=True)
         rise = torch.dot(now.gradient, step)
-        gain, last = float(rise), step
+        gain, last = min(float(rise), _ENDLESS), step  # where curvature is next to zero
         if not is_fresh and gain > 100 * expected + _GAIN:  # the place is not as was expected
             now, is_fresh = of(here), True
             curvature = now.curvature
@@ -80,6 +92,15 @@ def climb(
         bend = gain / before**2 if before > 0 else math.inf
         following = bend * gain**2
         if not is_fresh or gain <= _GAIN or (gain <= _SMALL and following <= _LEFT):
+            is_lost = gain < -_GAIN  # in the rounding of a curvature of many magnitudes
+            left = now.gradient if is_lost else now.gradient - curvature @ step
+            further = _beyond(of, here, now, left) if is_fresh else None
+            if further is not None:
+                here, now = further
+                curvature, before = now.curvature, 0.0
+                continue
+            if is_lost:
+                break
             furthest = float(step.abs().max()) if len(step) else 0.0
             if gain <= 0 or furthest <= 1e-3 * float(here.abs().max()):
                 return Climb(here + step, now.value - begin.value + rise / 2, last, True)
@@ -95,11 +116,49 @@ def climb(
                 break
             size /= 2
         else:
-            break
+            further = _beyond(of, here, now, now.gradient)
+            if further is None:
+                break
+            here, now = further
+            curvature, is_fresh, before = now.curvature, True, 0.0
+            continue
         here, now, is_fresh, expected = there, new, not is_last, following
         if is_fresh:
             curvature, before = now.curvature, gain if size == 1.0 else 0.0
     return Climb(here, now.value - begin.value, last, True)
+
+
+def _beyond(
+    of: Callable[[Tensor], Curved], here: Tensor, now: Curved, slope: Tensor
+) -> tuple[Tensor, Curved] | None:
+    """The best place along a slope that no curvature bounds, and the function there.
+
+    Returns:
+        None where the slope is within rounding, or nothing higher is found.
+    """
+    if not len(slope):
+        return None
+    steepest, size = float(slope.abs().max()), max(float(here.abs().max()), 1e-3)
+    if not steepest * size > _STEEP * max(1.0, abs(float(now.value))):
+        return None
+    low, high, best = 0.0, None, None
+    t = 1e-6 * size / steepest
+    for _ in range(_LENGTHS):
+        there = of(here + t * slope)
+        rises = bool(torch.isfinite(there.value)) and float(torch.dot(there.gradient, slope)) > 0
+        if rises:
+            low = t
+        else:
+            high = t
+        if bool(there.value > (now.value if best is None else best[1].value)):
+            best = here + t * slope, there
+        if high is None:
+            t *= _GROWTH
+        elif high - low > 1e-12 * high:
+            t = 0.5 * (low + high)
+        else:
+            break
+    return best
 
 
 def _is_finite(t: Tensor) -> bool:

@@ -330,3 +330,27 @@ def test_a_softmax_across_rows_is_no_predictor() -> None:
         logits = dist.Categorical(logits=(X @ v).log_softmax(dim)).logits
         assert how_found == how
         assert bind(logits, {"v": v}, Useful(affine=True, normalised="logits")).how == how
+
+
+@pytest.mark.parametrize("unit", ["years", "1e8"])
+def test_a_start_in_another_unit_is_left(unit: str) -> None:
+    """Where every prediction is certain no row is curved, and the slope says where to go."""
+    x = torch.linspace(-2, 2, 14, dtype=torch.float64)
+    y = torch.tensor([0, 0, 1, 0, 0, 1, 0, 1, 1, 0, 1, 1, 0, 1], dtype=torch.float64)
+    here = 2000 + 10 * x if unit == "years" else 1e8 * x
+
+    def model() -> None:
+        a = pyro.param("a", torch.zeros((), dtype=torch.float64))
+        b = pyro.param("b", torch.tensor(0.3, dtype=torch.float64))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Bernoulli(logits=a + b * here), obs=y)
+
+    theta, X = np.zeros(2), np.stack([np.ones(14), x.numpy()], -1)
+    for _ in range(30):  # Newton's method from zero, for the same covariate standardised
+        p = 1 / (1 + np.exp(-X @ theta))
+        theta += np.linalg.solve((X.T * (p * (1 - p))) @ X, X.T @ (y.numpy() - p))
+    expected = float(np.sum(np.where(y.numpy() > 0, np.log(p), np.log1p(-p))))
+    result = ExactPosteriorEM(model).fit(max_steps=10)
+    assert result.log_evidence == pytest.approx(expected, rel=1e-9)
+    scale = 10.0 if unit == "years" else 1e8
+    assert float(result.params["b"]) * scale == pytest.approx(theta[1], rel=1e-6)
