@@ -110,6 +110,9 @@ _PLAIN = (bool, int, float, complex, str, bytes)
 _COUNTING = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
 _NAMES = (
     torch.dtype,
     torch.device,
@@ -212,6 +215,9 @@ class CallLog(OperationLog):
 
     def _made(self, out: Tensor) -> None:
         """Note whence a tensor comes that a call returned, if its memory is new: the known is alive."""
+        if type(out) not in _TENSORS:
+            self._unknown()
+            return
         if out.layout is not torch.strided:
             return
         try:
@@ -261,6 +267,8 @@ class CallLog(OperationLog):
 
     def origin(self, tensor: Tensor, is_fresh: bool = False) -> Hashable:
         """Whence a tensor comes, and how it lies in its memory."""
+        if type(tensor) not in _TENSORS:  # as the steps of a loop together: it hides what it holds
+            return self._unknown()
         if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
             return self._unknown()
         try:
