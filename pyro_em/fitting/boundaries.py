@@ -54,9 +54,10 @@ def boundary_notes(over: Reduction[Part], lead: Program, log_evidence: float) ->
     has_blocks = next(_blocks(lead), None) is not None
     values = values_of(lead.graph.parameters) if has_blocks else {}
     trials, noises = over.from_first(lambda: (_trials(lead, values), _noises(lead)))
-    plate = plate_of_rows(lead.structure)
-    if not over.is_whole and plate is not None and shared_blocks(lead.graph, plate):
-        trials = []  # their evidence is no sum over parts
+    if trials and not over.is_whole:
+        plate = plate_of_rows(lead.structure)
+        if plate is not None and shared_blocks(lead.graph, plate):
+            trials = []  # their evidence is no sum over parts
     seen = _Seen(torch.zeros(0, dtype=torch.float64), {})
     if trials or noises:
         seen = over.sum(lambda part: _seen(part, values, trials, noises))

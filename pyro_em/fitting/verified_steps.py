@@ -13,7 +13,7 @@ from pyro_em.fitting.history import EMStatus
 from pyro_em.fitting.run import EMRun, Settings
 
 # Steps before the first verification where an earlier reading of the model was confirmed.
-LATER = 8
+LATER = 32
 
 
 def may_verify_later(em: Guarded, settings: Settings) -> bool:

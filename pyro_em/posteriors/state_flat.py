@@ -166,7 +166,8 @@ class Scatter:
             source.append(np.broadcast_to(numbers, (lead, *place.shape)).reshape(-1))
         placed = np.concatenate(to)
         bare[placed] = 0.0
-        is_twice = len(np.unique(placed)) < len(placed)
+        ordered = np.sort(placed)
+        is_twice = bool((ordered[1:] == ordered[:-1]).any())
         return cls(bare, pieces, placed, np.concatenate(source), is_twice)
 
     def at(self, vector: Numbers) -> list[Numbers]:

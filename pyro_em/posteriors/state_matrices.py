@@ -37,11 +37,6 @@ class Entry:
     place: Places
     is_twice: bool
 
-    @classmethod
-    def of(cls, place: Places) -> Entry:
-        """# place: (kinds, numbers)"""
-        return cls(place, len(np.unique(place)) < place.size)
-
     def into(self, array: Numbers, numbers: Numbers) -> None:
         """Put numbers into an array that is zero there.
 
@@ -265,7 +260,10 @@ def _places(site: Site, kinds: Places, n: int, k: int, D: int) -> tuple[Entry, E
         of_spread = own
     of_spread = of_spread.reshape(1, -1) + kind * (rows * columns)
     of_last = levels[:, None] * rows + own.reshape(1, -1)
-    return Entry.of(of_C), Entry.of(of_spread), Entry.of(of_last)
+    # Only what a row reads twice can meet: steps, kinds and a row's own numbers lie apart.
+    one = np.sort(of_C[0])
+    is_twice = bool((one[1:] == one[:-1]).any())
+    return Entry(of_C, is_twice), Entry(of_spread, False), Entry(of_last, False)
 
 
 def _by_rows(x: Numbers, matrices: Numbers) -> Numbers:

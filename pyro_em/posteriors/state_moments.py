@@ -139,7 +139,7 @@ def _of_root(site: Site, kinds: Places, D: int) -> Entry:
     place = own * (D + 1)
     if site.spread.is_matrix:
         place = own[:, :, None] * D + own[:, None]
-    return Entry.of(place.reshape(1, -1) + kinds[:, None] * D * D)
+    return Entry(place.reshape(1, -1) + kinds[:, None] * D * D, False)
 
 
 def _slopes(matrices: ChainMatrices, theta: Numbers, columns: Places, levels: int) -> _Observed:

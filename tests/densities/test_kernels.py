@@ -852,7 +852,7 @@ def test_a_form_that_was_seen_is_looked_at_once_by_a_short_fit(
     assert count(max_steps=5, callbacks=[lambda step: None]) == 2
 
 
-@pytest.mark.parametrize("steps", [5, 20])
+@pytest.mark.parametrize("steps", [5, 40])
 def test_a_form_that_was_seen_is_fitted_to_the_same_bits(steps: int) -> None:
     """A later look interrupts nothing: steps go on from where they were, not from what it stored."""
     ends = []
