@@ -37,6 +37,11 @@ class Entry:
     place: Places
     is_twice: bool
 
+    def is_all_of(self, array: Numbers) -> bool:
+        """Whether numbers take all places of an array, in their order."""
+        every = np.arange(array[0].size)
+        return np.array_equal(self.place.reshape(-1), every)
+
     def into(self, array: Numbers, numbers: Numbers) -> None:
         """Put numbers into an array that is zero there.
 
@@ -173,7 +178,9 @@ class ChainMatrices:
     def arrays(self, theta: Numbers) -> tuple[list[Numbers], list[SiteNumbers], float]:
         """The matrices, the numbers of each site, and what the evidence has besides, in nats."""
         vector = self.vector.at(theta)
-        drift, data = (x.copy() if moves else x for x, moves in self._stays)
+        (drift, drifts), (data, moves) = self._stays
+        drift = drift.copy() if drifts else drift
+        data = data.copy() if moves and not self._is_all_data else data
         own, constant = [], 0.0
         for site, piece, where in zip(self.sites, self.vector.pieces, self.where, strict=True):
             C, spread = piece.coefficients.of(vector), piece.spread.of(vector)
@@ -190,7 +197,11 @@ class ChainMatrices:
                 residual = _by_rows(residual, inverse)
                 logs = np.log(spread.diagonal(0, -2, -1)).sum(-1)
                 constant -= float((logs * site.count).sum())
-            if piece.whitened is not None or not site.offset.is_constant:
+            if piece.whitened is None and site.offset.is_constant:
+                continue
+            if self._is_all_data:
+                data = residual.reshape(self.bare[DATA].shape)
+            else:
                 where[2].into(data, residual.reshape(len(residual), site.steps, -1))
         A, G, H, s = self._small.at(vector)
         return [A, drift, G, H, s, data], own, constant
@@ -211,6 +222,12 @@ class ChainMatrices:
             if own.whitened is None:
                 entries.append((spread, of_spread.place, own.spread))
         return Scatter.of([self.bare[i] for i in _SMALL], entries)
+
+    @cached_property
+    def _is_all_data(self) -> bool:
+        """Whether one site has all data, in the order of the array."""
+        own = [w for s, w in zip(self.sites, self.where, strict=True) if not s.is_latent]
+        return len(own) == 1 and own[0][2].is_all_of(self.bare[DATA])
 
     @cached_property
     def _stays(self) -> tuple[tuple[Numbers, bool], tuple[Numbers, bool]]:

@@ -128,7 +128,7 @@ class ChainTheta:
                     if not bool((own.space.deviation.numpy() > 0).all()):
                         raise Handover
                     states = smoothed(own.space)
-                    total += float(states.log_evidence.sum()) + own.constant
+                    total += float(states.log_evidence.numpy().sum()) + own.constant
                     found.append((own, states))
         except np.linalg.LinAlgError as error:
             raise Handover from error
