@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,12 @@ class _Laid:
     to: Places
     factor: Numbers
 
-    @property
+    @cached_property
+    def is_known(self) -> bool:
+        """Whether no parameter is learned from it."""
+        return self.line is None and not len(self.row)
+
+    @cached_property
     def by_numpy(self) -> bool:
         """Whether noises tie the equations of the entries of a row to each other."""
         return self.line is not None and self.site.spread.is_matrix and not self.line.cancels
@@ -128,8 +134,11 @@ class CompiledMStep:
         ]
         p = len(self.regression.unknowns)
         gram, right, step = np.zeros(self.regression.room + 1), np.zeros(p + 1), np.zeros(p + 1)
-        sums = []
+        sums = list[SiteSums | None]()
         for i, (laid, own) in enumerate(zip(self.laid, numbers, strict=True)):
+            if laid.is_known:
+                sums.append(None)
+                continue
             s = _sums_of(laid, own, states[laid.chain])
             sums.append(s)
             if laid.by_numpy:
@@ -147,25 +156,28 @@ class CompiledMStep:
                     right,
                     np.empty(laid.design.shape[3:]),
                 )
-        largest = int(self.sizes.max(initial=1))
-        work = np.zeros((3, largest, largest))
-        if not compiled.solved(gram, right, self.sizes, step, work, _CLEAR):
-            return None
+        if len(self.sizes):
+            largest = int(self.sizes.max())
+            work = np.zeros((3, largest, largest))
+            if not compiled.solved(gram, right, self.sizes, step, work, _CLEAR):
+                return None
         total = np.zeros(len(theta))
-        for laid, s in zip(self.laid, sums, strict=True):
+        for laid, told in zip(self.laid, sums, strict=True):
+            if told is None:
+                continue
             compiled.spreads(
                 laid.design,
                 laid.column,
                 step,
-                s.phi_phi,
-                s.r_phi,
-                s.r_r,
+                told.phi_phi,
+                told.r_phi,
+                told.r_r,
                 laid.site.spread.is_matrix,
                 laid.row,
                 laid.to,
                 laid.factor,
                 total,
-                np.empty((2, *s.r_phi.shape[2:])),
+                np.empty((2, *told.r_phi.shape[2:])),
             )
         out = theta.copy()
         out[self.regression.unknowns] += step[:-1]
@@ -344,4 +356,6 @@ def _laid(
 
 def _ready(x: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
     """One type of array for each argument, so that loops are compiled once."""
+    if x.dtype == dtype and x.flags.carray:
+        return x
     return np.require(x, dtype, ["C", "W"])
