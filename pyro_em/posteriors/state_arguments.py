@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_em.graph.binding import Binding, ElementwiseMap
 from pyro_em.graph.factors import Group
 from pyro_em.posteriors.state_layout import Stack
-from pyro_em.updates.gaussian_rows import apart_rows
+from pyro_em.updates.gaussian_rows import apart_rows, event_shape
 
 Numbers = NDArray[np.float64]
 Places = NDArray[np.int64]
@@ -224,6 +224,12 @@ class _Laid:
 
     def numbers(self, t: Tensor, more: int = 0) -> NDArray[np.generic]:
         """# (members|1, chains|1, K, D, …), of one where steps or chains are alike"""
+        flat = zip(t.shape, t.stride(), strict=True)
+        if t.numel() and all(n == 1 or step == 0 for n, step in flat):
+            tail = self.tail + more
+            rest = t.shape[t.dim() - tail :] if tail else ()
+            width = event_shape(self.group).numel()
+            return np.full((1, 1, self.stack.rows.shape[1], width, *rest), t[(0,) * t.dim()].item())
         rows = apart_rows(self.group, t.detach().cpu(), self.tail + more)[0]
         out: NDArray[np.generic] = rows.numpy()
         return by_chain(out, self.stack)
