@@ -1,5 +1,7 @@
 """What a run asks of torch, written down: equal notes say as much as equal operations."""
 
+from typing import Any
+
 import numpy as np
 import pyro.distributions as dist
 import pytest
@@ -178,3 +180,18 @@ def test_what_is_compiled_is_seen_and_the_noting_is_not_compiled(recwarn):
     assert found[0] == found[1] == found[3] != found[2]
     frames = torch._dynamo.utils.counters["frames"]
     assert frames["total"] <= 8, "the noting is traced too"
+
+
+class Hiding(torch.Tensor):
+    """A tensor that refuses to be looked at, as the steps of a loop together do."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"'{func}' was called on it")
+
+
+def test_tensors_of_other_classes_are_not_looked_at_and_nothing_is_shown() -> None:
+    log = CallLog([])
+    hiding = torch.ones(3).as_subclass(Hiding)
+    assert log.origin(hiding) != log.origin(hiding)
+    assert not log.is_complete
