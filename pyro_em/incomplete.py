@@ -157,8 +157,12 @@ def patterns_of(seen: Tensor) -> Patterns:
         return Patterns(distinct.bool(), of_row)
     codes = torch.zeros(len(seen), dtype=torch.long, device=seen.device)
     for d in range(D):
-        codes += seen[:, d].long() << d
-    code, of_row = torch.unique(codes, return_inverse=True)
+        codes.add_(seen[:, d], alpha=1 << d)
+    if len(seen) > 1 << D:  # a table of all patterns is less than what sorts the rows
+        is_there = torch.bincount(codes, minlength=1 << D) > 0
+        code, of_row = is_there.nonzero().reshape(-1), (is_there.cumsum(0) - 1)[codes]
+    else:
+        code, of_row = torch.unique(codes, return_inverse=True)
     bit = torch.arange(D, device=seen.device)
     return Patterns(((code.unsqueeze(-1) >> bit) & 1).bool(), of_row)
 

@@ -114,7 +114,7 @@ def faults_before_and_after() -> tuple[int, int]:
     """Of steps as the C library has it, and where freed memory is kept."""
     import torch
 
-    from pyro_em.fitting.em_on_sums import keep_freed_memory
+    from pyro_em.tracing.freed import keep_freed_memory
 
     # Room for small blocks, which at the end of the heap would keep all below them.
     small = [bytes(n) for n in range(600, 3000) for _ in range(4)]

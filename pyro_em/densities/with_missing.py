@@ -51,5 +51,8 @@ def _centred(value: Tensor, seen: Tensor, known: Centre | None) -> tuple[Tensor,
     for begin in range(0, len(value), _ROWS):
         rows = slice(begin, begin + _ROWS)
         x[:, rows] = torch.where(seen[rows], value[rows], torch.nan).T
-    centre = x.nanmean(1).nan_to_num(0.0) if known is None else known.mean
+    if known is None:  # of one column after the other: a mean makes several numbers of each
+        centre = torch.stack([column.nanmean() for column in x]).nan_to_num(0.0)
+    else:
+        centre = known.mean
     return x.sub_(centre.unsqueeze(-1)), centre

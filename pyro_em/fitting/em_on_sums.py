@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.point import Point, SumsPoint, Values
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.quick import QuickSteps
+from pyro_em.tracing.freed import keep_freed_memory, return_freed_memory
 from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.statistics import Expectation
@@ -125,6 +125,7 @@ def on_sums(program: Program, data: Parted | None = None) -> OnSums | None:
         program: The model with its data.
         data: The parts of the data; None where all are at hand.
     """
+    return_freed_memory(group.value for group in program.graph.groups)
     block = program.kernel.block
     if block is None or (data is not None and not data.is_quick):
         return None
@@ -178,16 +179,3 @@ def _differs(argument: Tensor, first: int, dims: int) -> bool:
         return False
     low, high = argument.amin(axes), argument.amax(axes)
     return bool((high - low > 1e-6 * high.abs().clamp(min=1.0)).any())
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Let the C library keep up to 62 MB of freed memory, once per process.
-
-    glibc gives the end of the heap back to the system where more is free than twice the largest
-    block that was mapped and freed so far, and each page that is taken again costs a fault: between
-    a sixth and a third of the time where steps make some MB of temporaries. One block just below
-    the limit of 32 MiB, freed before it is touched, raises what is kept. Other C libraries take no
-    notice.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)

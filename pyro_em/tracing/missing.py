@@ -123,7 +123,7 @@ class MissingEntries(SampleMessenger):
         )
         if not some:
             return
-        entries = int(missing.sum())
+        entries = int(torch.count_nonzero(missing))  # a sum would hold each as an integer
         self._given[name] = value
         shown = re.sub("<[^>]*>", "*", name.removesuffix("_observed"))
         found = Missing(shown, entries, of, bool((lost & ~missing).any()))

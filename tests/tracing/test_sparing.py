@@ -16,7 +16,6 @@ from torch.distributions import constraints as C
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_em import DataError, ExactPosteriorEM, ModelError
-from pyro_em.fitting.em_on_sums import keep_freed_memory
 from pyro_em.graph.examination import examine
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.kept import forget_readings
@@ -28,6 +27,7 @@ from pyro_em.tracing.allocation import (
     is_shadow,
     spending_at_most,
 )
+from pyro_em.tracing.freed import keep_freed_memory
 from tests.benchmarks.models import mixture
 
 X = torch.cat([torch.randn(30, generator=torch.Generator().manual_seed(3)), torch.ones(10) * 4])
