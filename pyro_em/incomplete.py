@@ -32,6 +32,8 @@ from pyro_em.distributions import unwrap
 
 _BITS = 62  # coordinates whose pattern is one integer
 
+_ROWS = 2**16  # whose patterns are looked at together
+
 FACTORS = 2**21  # numbers in the factors of some patterns that are held at once
 
 
@@ -42,7 +44,10 @@ class _RealOrMissing(constraints.Constraint):
 
     def check(self, value: Tensor) -> Tensor:
         """Whether no coordinate is infinite."""
-        return torch.isinf(value).logical_not_().all(-1)
+        inside = torch.ones(value.shape[:-1], dtype=torch.bool, device=value.device)
+        for coordinate in value.unbind(-1):  # of all at once torch makes another number each
+            inside &= ~torch.isinf(coordinate)
+        return inside
 
 
 class IncompleteMultivariateNormal(dist.MultivariateNormal):  # type: ignore[misc]
@@ -155,14 +160,17 @@ def patterns_of(seen: Tensor) -> Patterns:
     if D > _BITS:
         distinct, of_row = torch.unique(seen.to(torch.uint8), dim=0, return_inverse=True)
         return Patterns(distinct.bool(), of_row)
-    codes = torch.zeros(len(seen), dtype=torch.long, device=seen.device)
-    for d in range(D):
-        codes.add_(seen[:, d], alpha=1 << d)
+    of_row = torch.empty(len(seen), dtype=torch.long, device=seen.device)
+    weights = 1 << torch.arange(D, device=seen.device)
+    for own, rows in zip(of_row.split(_ROWS), seen.split(_ROWS), strict=True):
+        torch.sum(rows * weights, -1, out=own)
     if len(seen) > 1 << D:  # a table of all patterns is less than what sorts the rows
-        is_there = torch.bincount(codes, minlength=1 << D) > 0
-        code, of_row = is_there.nonzero().reshape(-1), (is_there.cumsum(0) - 1)[codes]
+        is_there = torch.bincount(of_row, minlength=1 << D) > 0
+        code, place = is_there.nonzero().reshape(-1), is_there.cumsum(0) - 1
+        for own in of_row.split(_ROWS):
+            own.copy_(place[own])
     else:
-        code, of_row = torch.unique(codes, return_inverse=True)
+        code, of_row = torch.unique(of_row, return_inverse=True)
     bit = torch.arange(D, device=seen.device)
     return Patterns(((code.unsqueeze(-1) >> bit) & 1).bool(), of_row)
 

@@ -24,7 +24,7 @@ from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.statistics import Expectation
 
-_CELLS = 2**20  # of an argument that are looked at together
+_CELLS = 2**18  # of an argument that are looked at together
 
 
 class OnSums:

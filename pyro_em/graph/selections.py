@@ -52,15 +52,19 @@ def as_selection(reached: Reached, normalised: str) -> Binding | str:
             forward = forward_maps(edge, shape, leaf, constant)
             slope = forward(torch.ones((), dtype=constant.dtype, device=constant.device))
             used = slope != 0
-            ratio = forward(None) / torch.where(used, slope, 1.0)
-            index = torch.where(used, ratio.round(), -1).long()
             if not bool(torch.isfinite(slope).all()):
                 return "its derivative is not finite at the present parameters"
+            # Of many rows each of these is a number per row: what is done with goes at once.
+            ratio = forward(None) / torch.where(used, slope, 1.0)
+            index = torch.where(used, ratio.round_(), -1).long()
+            del ratio
         if bool((used & covered).any()):
             return "several parameters meet in one element"
         covered |= used
         parts.append(Selection(name, index.reshape(-1)[top], maps))
         slopes.append(slope.reshape(-1)[top])
+        del index, slope, used
+    del covered
     checked = []
     for part, slope in zip(parts, slopes, strict=True):
         used = part.index >= 0

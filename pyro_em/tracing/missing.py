@@ -126,7 +126,8 @@ class MissingEntries(SampleMessenger):
         entries = int(torch.count_nonzero(missing))  # a sum would hold each as an integer
         self._given[name] = value
         shown = re.sub("<[^>]*>", "*", name.removesuffix("_observed"))
-        found = Missing(shown, entries, of, bool((lost & ~missing).any()))
+        is_more = lost is not missing and bool((lost & ~missing).any())
+        found = Missing(shown, entries, of, is_more)
         msg["infer"] = {**msg["infer"], MISSING: lost, _FOUND: found}
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
