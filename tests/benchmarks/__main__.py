@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from tests.benchmarks import calls, chains, chunks, conjugates, growth, network, processes, steps
+from tests.benchmarks import memory as peaks
 from tests.benchmarks.cases import CASES
 from tests.benchmarks.timing import Case, Row, measure
 
@@ -154,6 +155,7 @@ def main() -> None:
         lines += ["", *growth.table(growths)]
         lines += planning()
         lines += memory()
+        lines += peaks.table()
         lines += chains.table()
         lines += conjugates.table()
         lines += chunks.table()

@@ -1,0 +1,134 @@
+"""Peak memory of whole fits of a million rows, above their data: models in one table of N x K.
+
+``python -m tests.benchmarks.memory``; each model in a process of its own, after small fits of the same
+model that load what loads late.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints as C
+
+from pyro_em import ExactPosteriorEM
+from tests.benchmarks.conjugates import fresh
+from tests.benchmarks.growth import peak
+from tests.benchmarks.regressions import logistic, logistic_data
+
+ROWS, COMPONENTS, WIDTH = 1_000_000, 16, 8
+TABLE = 8 * ROWS * COMPONENTS / 2**20  # MiB
+
+
+def _weights(K: int) -> Tensor:
+    return pyro.param("p", torch.full((K,), 1 / K).double(), constraint=C.simplex)
+
+
+def gaussians(x: Tensor, start: Tensor) -> None:
+    """Full covariances."""
+    K, D = start.shape
+    p, mu = _weights(K), pyro.param("mu", start.clone())
+    S = pyro.param("S", torch.eye(D).double().repeat(K, 1, 1), constraint=C.positive_definite)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(p))
+        pyro.sample("x", dist.MultivariateNormal(mu[z], S[z]), obs=x)
+
+
+def lines(x: Tensor, y: Tensor, start: Tensor) -> None:
+    """Linear regressions with an intercept of their own."""
+    p, w = _weights(len(start)), pyro.param("w", start.clone())
+    b = pyro.param("b", torch.zeros(len(start)).double())
+    s = pyro.param("s", torch.ones(len(start)).double(), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(p))
+        pyro.sample("y", dist.Normal(b[z] + (x * w[z]).sum(-1), s[z]), obs=y)
+
+
+def additive(x: Tensor, start: Tensor) -> None:
+    """Two latents of four values, whose means add up."""
+    p = _weights(4)
+    a, b = pyro.param("a", start[:4].clone()), pyro.param("b", start[4:8].clone())
+    s = pyro.param("s", torch.ones(start.shape[1]).double(), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z, v = pyro.sample("z", dist.Categorical(p)), pyro.sample("v", dist.Categorical(p))
+        pyro.sample("x", dist.Normal(a[z] + b[v], s).to_event(1), obs=x)
+
+
+def _clusters(rows: int, missing: float = 0.0) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    centres = 3 * torch.randn(COMPONENTS, WIDTH).double()
+    x = torch.randn(rows, WIDTH).double()
+    x += centres[torch.randint(COMPONENTS, (rows,))]
+    if missing:
+        x[torch.rand(rows, WIDTH) < missing] = torch.nan
+    return x, centres + 0.3
+
+
+def _regressed(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    x, _, start = logistic_data(rows, WIDTH, COMPONENTS)
+    return x, x @ start[0] + torch.randn(rows).double(), start
+
+
+MODELS: dict[str, tuple[str, Callable[..., None], Callable[[int], Any], dict[str, Any]]] = {
+    "full": ("Gaussians, full", gaussians, _clusters, {}),
+    "missing": (
+        "Gaussians, full, a tenth missing",
+        gaussians,
+        lambda rows: _clusters(rows, 0.1),
+        {"missing": "nan"},
+    ),
+    "additive": ("two latents, additive means", additive, _clusters, {}),
+    "lines": ("linear regressions, own intercept", lines, _regressed, {}),
+    "logistic": (
+        "logistic regressions",
+        logistic,
+        lambda rows: logistic_data(rows, WIDTH, COMPONENTS),
+        {},
+    ),
+}
+
+
+def measure(kind: str) -> tuple[float, float]:
+    """In this process: MiB above the data, and processor time, of a fit of three steps."""
+    torch.set_num_threads(1)
+    _, model, data, options = MODELS[kind]
+    for rows in (2000, 150_000):
+        ExactPosteriorEM(model, **options).fit(*data(rows), max_steps=2, tol=0, progress=False)
+        pyro.clear_param_store()
+    given = data(ROWS)
+    base, begin = fresh(), time.process_time()
+    em = ExactPosteriorEM(model, **options)
+    em.fit(*given, max_steps=3, tol=0, progress=False)
+    return (peak() - base) / 2**20, time.process_time() - begin
+
+
+def table() -> list[str]:
+    """All models in Markdown."""
+    out = [
+        "",
+        f"Peak memory above the data of whole fits of three steps, {ROWS:,} rows and {COMPONENTS} "
+        f"components, float64; a table of N x K is {TABLE:.0f} MiB (at most 1):",
+        "",
+        "| model | peak | tables | processor time |",
+        "|---" * 4 + "|",
+    ]
+    for kind, (name, *_) in MODELS.items():
+        command = [sys.executable, "-m", "tests.benchmarks.memory", kind]
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        above, seconds = map(float, found.stdout.split()[-2:])
+        out.append(f"| {name} | {above:.0f} MiB | {above / TABLE:.2f} | {seconds:.1f} s |")
+    return out
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(*measure(sys.argv[1]))
+    else:
+        print("\n".join(table()))
