@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -16,12 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.distributions import has_finite_support, is_discrete, support_size_of
+from pyro_em.distributions import has_finite_support, support_size_of
 from pyro_em.errors import Finding, UsageError, message, raise_findings
-from pyro_em.graph.alike import Alike
 from pyro_em.graph.blame import given_arguments, given_tensors, same_tensor
-from pyro_em.graph.checks import latent_problems, scope_problems, shape_problems
-from pyro_em.graph.coupling import Coupling
 from pyro_em.graph.failures import changing_sites
 from pyro_em.graph.first_run import (
     NO_NUMBERS,
@@ -33,36 +30,31 @@ from pyro_em.graph.folded import without_graphs
 from pyro_em.graph.held_latents import coupled_latents, with_numbers_read
 from pyro_em.graph.initial import forget_bad_starts
 from pyro_em.graph.marginals import marginals_of
-from pyro_em.graph.missing_inputs import input_problems
 from pyro_em.graph.readable import (
     refuse_inference_mode,
     refuse_sparse_values,
     refuse_without_numbers,
 )
 from pyro_em.graph.side_effects import Watched, refuse_clearing, writing_problems
-from pyro_em.graph.structure import Plate, SiteInfo, Structure
+from pyro_em.graph.site_findings import SiteFindings
+from pyro_em.graph.structure import Plate, Structure
 from pyro_em.graph.unregistered import unregistered
 from pyro_em.graph.value_checks import (
-    data_problems,
     given_problems,
     parameter_problems,
-    weight_problems,
 )
 from pyro_em.tracing.allocation import NumbersNeeded, is_shadow, judging_shadows
 from pyro_em.tracing.feasible import feasible_event
 from pyro_em.tracing.missing import has_missing
 from pyro_em.tracing.randomness import random_state, set_random_state
-from pyro_em.tracing.runs import Model, Run, is_smooth, provenance_run
+from pyro_em.tracing.runs import Model, Run, provenance_run
 from pyro_em.tracing.sites import (
-    Role,
     factors_in,
     frames_in,
     frames_of,
     latents_in,
     mask_tensor,
-    role_of,
     subsamples_in,
-    support_reads_latents,
 )
 
 logger = logging.getLogger("pyro_em")
@@ -191,67 +183,25 @@ def _findings(
     latents = {n: None for n in unobserved_sites if n not in dropped}
     counted = {n: scope for n, scope in scopes.items() if n not in dropped}
     coupled = coupled_latents(model, args, kwargs, plain, tagged.suspects & latents.keys(), counted)
-    order = {name: i for i, name in enumerate(factors)}
     site_plates = {n: tuple(own) for n, own in frames.items()}
     children = _children(scopes)
     marginals = marginals_of(model, args, kwargs, plain, scopes, not guide_given)
-    of_latents: list[Finding] = []
-    of_others: list[Finding] = []
-    told_of: list[Tensor] = []
-    sites: dict[str, SiteInfo] = {}
-    alike = Alike(factors)
-    missing = has_missing(model)
-    for name, site in factors.items():
-        if name in dropped:
-            continue
-        unobserved = name in latents
-        scope = set(scopes[name]) | ({name} if unobserved else set())
-        if not any(site_plates[z] for z in scope) and name not in coupled:
-            known = alike.known(name)
-            if known is not None:  # nothing was found at a site of this form
-                sites[name] = _info_like(known, name, site, sorted(scope, key=order.__getitem__))
-                continue
-        told = len(of_latents) + len(of_others)
-        found = of_latents if unobserved else of_others
-        no_route: list[Finding] = []
-        if unobserved:
-            no_route = latent_problems(name, site, children.get(name, ()), marginals)
-            if not guide_given:
-                among = [c.problem() for c in coupled.get(name, ()) if c.part]
-                found.extend(no_route or among)
-        elif role_of(site) is Role.DATA:
-            anew = support_reads_latents(tagged.sites[name]["fn"])
-            of_data = data_problems(name, site, check_support=not anew)
-            found.extend(of_data)
-            if of_data and isinstance(site["value"], Tensor):
-                told_of.append(site["value"])
-        if missing:
-            found.extend(input_problems(site))
-        found.extend(shape_problems(name, site))
-        found.extend(weight_problems(name, site))
-        if not guide_given:
-            # A continuous latent is no sum: what is said of it above is enough.
-            summed = [s for s in sorted(scope) if has_finite_support(factors[s]["fn"])]
-            found.extend(scope_problems(name, summed, site_plates))
-        for latent in sorted(scope - {name}):
-            outside = [p for p in site_plates[latent] if p not in site_plates[name]]
-            if outside and not is_smooth(factors[latent]["fn"]):
-                coupled.setdefault(latent, [Coupling(latent, outside[0], name, "")])
-        sites[name] = SiteInfo(
-            name,
-            name_of_distribution(site),
-            not unobserved,
-            site_plates[name],
-            tuple(sorted(scope, key=order.__getitem__)),
-            support_size_of(site["fn"]) if unobserved and not no_route else None,
-            len(site["fn"].batch_shape),
-            role_of(site),
-            is_discrete(site["fn"]),
-            tuple(f.name for f in site["cond_indep_stack"]),
-            {f.name: f.counter for f in site["cond_indep_stack"] if f.dim is None},
-        )
-        if told == len(of_latents) + len(of_others) and name not in coupled:
-            alike.note(name, sites[name])
+    said = SiteFindings(
+        factors,
+        tagged.sites,
+        scopes,
+        children,
+        latents,
+        site_plates,
+        dict(coupled),
+        marginals,
+        guide_given,
+        has_missing(model),
+    )
+    for name in factors:
+        if name not in dropped:
+            said.take(name)
+    sites, coupled, of_others = said.sites, said.coupled, said.of_others
     nesting = max((-p.dim for p in plates.values()), default=0)
     nesting = max([nesting, *(len(s["fn"].batch_shape) for s in factors.values())])
     if max_plate_nesting is not None:
@@ -294,11 +244,11 @@ def _findings(
         given = {
             where: value
             for where, value in given_tensors(model, args, kwargs).items()
-            if not any(same_tensor(value, told) for told in told_of)
+            if not any(same_tensor(value, told) for told in said.told_of)
         }
         of_parameters = [*given_problems(given, NO_NUMBERS), *of_parameters]
     forget_bad_starts(plain.parameters)
-    return structure, [*of_latents, *of_parameters, *of_others]
+    return structure, [*said.of_latents, *of_parameters, *of_others]
 
 
 def _children(scopes: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
@@ -309,26 +259,6 @@ def _children(scopes: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
             if latent != child:
                 out.setdefault(latent, []).append(child)
     return out
-
-
-def _info_like(
-    known: SiteInfo, name: str, site: Mapping[str, Any], scope: Sequence[str]
-) -> SiteInfo:
-    """The record of a site of the same form as another one."""
-    stack = site["cond_indep_stack"]
-    return SiteInfo(
-        name,
-        known.distribution,
-        known.observed,
-        known.plates,
-        tuple(scope),
-        known.support_size,
-        known.batch_dim,
-        known.role,
-        known.is_discrete,
-        tuple(f.name for f in stack),
-        {f.name: f.counter for f in stack if f.dim is None},
-    )
 
 
 def _kept_values(factors: Mapping[str, Any], barren: Iterable[str]) -> dict[str, Tensor]:
