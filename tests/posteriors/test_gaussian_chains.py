@@ -44,7 +44,7 @@ def joint_of(model: Callable[..., None], args: tuple[Any, ...]) -> DenseJoint:
 
 def as_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let chains of any length be solved as one dense block."""
-    monkeypatch.setattr(state_form, "_SHORTEST", 10**9)
+    monkeypatch.setattr(state_form, "SHORTEST", 10**9)
 
 
 def fitted(model: Callable[..., None], args: tuple[Any, ...], steps: int) -> EMResult:
