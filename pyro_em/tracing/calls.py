@@ -36,7 +36,7 @@ from pyro_em.tracing.operations import HELD, PARAMETER, OperationLog
 _MOST_CALLS = 4096  # of a run; what is longer is known by its operations
 
 
-_MOST_BYTES = 2**24  # that the tensors of a run may hold, which stay alive until it is over
+_MOST_BYTES = 2**20  # that the tensors of a run may hold, which stay alive until it is over
 
 
 # What says nothing but the form of a tensor, which is noted where the tensor is used.
