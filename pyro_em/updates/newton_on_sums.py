@@ -150,9 +150,9 @@ class NewtonSolver:
         here, last, begin, held_back = problem.derivatives(u), None, u, 0
         if not bool((here.slope.abs() < EDGE).all()):
             raise AtEdge
-        mass, longest = 1 + problem.block_masses(), _LONGEST
+        mass = 1 + problem.block_masses()
         for _ in range(_STEPS):
-            step, promise = _direction(here, longest)
+            step, promise = _direction(here)
             length = step.abs().amax(-1)
             # Within rounding steps no longer shrink: what is left is noise.
             is_noise = promise <= here.rounding
@@ -163,11 +163,7 @@ class NewtonSolver:
             if bool((is_noise | (length <= _LAST) | (promise <= _NOTHING * mass)).all()):
                 u = u + problem.spread(step)
                 break
-            before = u
             u, here, is_cut = self._searched(problem, u, step, here)
-            # A location may be many units away: steps that are taken whole grow.
-            is_whole = float((u - before).abs().amax()) >= 0.99 * longest
-            longest = 2 * longest if is_whole else _LONGEST
             held_back = held_back + 1 if is_cut else 0
             if held_back >= _CUTS:
                 return u, False
@@ -211,7 +207,7 @@ class NewtonSolver:
         raise DegenerateError(unbounded_in_words(self.graph, runaway, now))
 
 
-def _direction(at: There, longest: float = _LONGEST) -> tuple[Tensor, Tensor]:
+def _direction(at: There) -> tuple[Tensor, Tensor]:
     """A modified Newton step of each block, and what it promises, in nats. # (B, m), (B,)"""
     factor, failed = torch.linalg.cholesky_ex(at.curvature)
     if not bool(failed.any()):
@@ -224,4 +220,4 @@ def _direction(at: There, longest: float = _LONGEST) -> tuple[Tensor, Tensor]:
         step = (vectors @ (along / values.clamp(min=least)).unsqueeze(-1)).squeeze(-1)
     promise = 0.5 * (at.slope * step).sum(-1)
     length = step.abs().amax(-1, keepdim=True)
-    return step * (longest / length.clamp(min=longest)), promise
+    return step * (_LONGEST / length.clamp(min=_LONGEST)), promise
