@@ -37,7 +37,7 @@ class NormalsByCell:
 
         Example:
             >>> two = torch.tensor([[[-1.0]], [[1.0]]], dtype=torch.float64)
-            >>> rows = NormalRows(two, torch.ones_like(two), torch.full_like(two[..., 0], 0.5))
+            >>> rows = NormalsByCell(two, torch.ones_like(two), torch.full_like(two[..., 0], 0.5))
             >>> abs(rows.quantile(0.5).item()) < 1e-9
             True
         """

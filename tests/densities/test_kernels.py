@@ -830,7 +830,7 @@ def test_the_first_step_is_verified_at_once(how: str) -> None:
 def test_a_form_that_was_seen_is_looked_at_once_by_a_short_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The look after the first M-step waits for eight steps, or for the end, where nobody watches."""
+    """The look after the first M-step waits for 32 steps, or for the end, where nobody watches."""
     calls = 0
 
     def disagreements(program: Program, *args: Any, **kwargs: Any) -> Any:
@@ -848,7 +848,7 @@ def test_a_form_that_was_seen_is_looked_at_once_by_a_short_fit(
     for module in (guarded, verification):
         monkeypatch.setattr(module, "disagreements_of", disagreements)
     assert count(max_steps=5) == 3  # while planning, after the first step, at the end
-    assert count(max_steps=5) == 1 and count(max_steps=8) == 1 and count(max_steps=9) == 2
+    assert count(max_steps=5) == 1 and count(max_steps=32) == 1 and count(max_steps=33) == 2
     assert count(max_steps=5, callbacks=[lambda step: None]) == 2
 
 
