@@ -33,9 +33,9 @@ from pyro_em.densities.pairs import products, unfolding
 from pyro_em.densities.ridge import Ridge, WithRidge
 from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
+from pyro_em.expanded import once_each
 from pyro_em.graph.binding import Binding, whole_parameter
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.graph.given_rows import once_each
 from pyro_em.updates.designs import designs_of
 from pyro_em.updates.pseudo_inverse import pseudo_solve
 from pyro_em.updates.scatter import data_magnitude

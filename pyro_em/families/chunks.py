@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from pyro_em.expanded import once_each
 from pyro_em.families.family import Family
 
 _PIECE = 2**20  # numbers of events that a family handles at once
@@ -49,19 +50,14 @@ def log_density(
 
     given = (value, *arguments.values(), *(() if elements is None else (elements,)))
     batch = torch.broadcast_shapes(*(t.shape[:lead] for t in given))
-    value, elements = _once(value, lead), None if elements is None else _once(elements, lead)
-    arguments = {name: _once(a, lead) for name, a in arguments.items()}
+    value, elements = (
+        once_each(value, lead),
+        None if elements is None else once_each(elements, lead),
+    )
+    arguments = {name: once_each(a, lead) for name, a in arguments.items()}
     given = (value, *arguments.values(), *(() if elements is None else (elements,)))
     distinct = torch.broadcast_shapes(*(t.shape[:lead] for t in given))
     return _in_pieces(family, value, arguments, lead, event_dims, elements, distinct).expand(batch)
-
-
-def _once(t: Tensor, lead: int) -> Tensor:
-    """A tensor whose expanded dimensions among the first ``lead`` are of size one."""
-    for i in range(lead):
-        if t.shape[i] > 1 and t.stride(i) == 0:
-            t = t.narrow(i, 0, 1)
-    return t
 
 
 def _in_pieces(

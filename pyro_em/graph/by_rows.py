@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import PyroEMError
+from pyro_em.expanded import once_each
 from pyro_em.graph.factors import FactorGraph, Group, seen_entries
 from pyro_em.graph.given_rows import (
     Later,
@@ -28,7 +29,6 @@ from pyro_em.graph.given_rows import (
     is_of_all,
     mapped_group,
     of_given_rows,
-    once_each,
     some_rows,
     tensors_of,
 )

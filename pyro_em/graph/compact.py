@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from pyro_em.expanded import once_each
 from pyro_em.graph.forms import equal_to_first
 
 
@@ -112,10 +113,7 @@ def once_along_rows(tensor: Tensor, event_dim: int) -> Tensor:
     """
     if tensor.grad_fn is not None and tensor.grad_fn.name().startswith("ExpandBackward"):
         return tensor
-    for d in range(tensor.dim() - event_dim):
-        if tensor.shape[d] > 1 and tensor.stride(d) == 0:
-            tensor = tensor.narrow(d, 0, 1)
-    return tensor
+    return once_each(tensor, tensor.dim() - event_dim)
 
 
 def compact_all(tensors: Sequence[Tensor], recipe: Recipe) -> Tensor:

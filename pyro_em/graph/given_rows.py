@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import transform_to
 
+from pyro_em.expanded import once_each
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.later_arguments import LaterArguments
@@ -188,14 +189,6 @@ def slice_of(group: Group, rows: slice) -> Group:
 
     size = rows.stop - rows.start
     return replace(mapped_group(group, cut), sizes=(size, *group.sizes[1:]))
-
-
-def once_each(t: Tensor) -> Tensor:
-    """What is expanded, held once."""
-    for d in range(t.dim()):
-        if t.shape[d] > 1 and t.stride(d) == 0:
-            t = t.narrow(d, 0, 1)
-    return t
 
 
 Later = tuple[int, Mapping[str, Tensor]]

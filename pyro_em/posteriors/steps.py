@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_em.expanded import once_each
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.latent_series import ChainForm, chain_form, kinds_of, plates_of
 from pyro_em.posteriors.forward import forward
@@ -379,7 +380,7 @@ def _transition(graph: FactorGraph, steps: Steps, tables: Sequence[Tensor]) -> T
             return None
         table = _of_couple(graph, steps, couple, tables)
         one = table[(0,) * (table.dim() - 2)]
-        if not bool((_once(table) == one).all()):
+        if not bool((once_each(table) == one).all()):
             return None
         total = one if total is None else total + one
     return total
@@ -405,14 +406,6 @@ def _single(graph: FactorGraph, steps: Steps, tables: Sequence[Tensor]) -> Tenso
         else:
             out.index_add_(0, torch.tensor(places, device=out.device), table)
     return out
-
-
-def _once(table: Tensor) -> Tensor:
-    """A table without the repetitions of expanded dimensions."""
-    for d, stride in enumerate(table.stride()):
-        if stride == 0 and table.shape[d] > 1:
-            table = table.narrow(d, 0, 1)
-    return table
 
 
 def _reduced(table: Tensor, group: Group, steps: Steps) -> Tensor:
