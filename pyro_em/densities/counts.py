@@ -8,7 +8,6 @@ histograms of responsibilities.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.densities.density import PlainRows
+from pyro_em.densities.plain_rows import count_of_rows
 from pyro_em.families.family import Family, Statistics
 from pyro_em.families.overdispersed import MANY, above, histogram
 from pyro_em.graph.all_data import AllData
@@ -114,14 +114,10 @@ def as_counts(group: Group, K: int, all_data: AllData | None = None) -> CountRow
         return None
     if not group.family.natural.of_counts:
         return None
-    lead = 1 + group.n_plates
-    value, rows = group.value, math.prod((len(group.members), *group.sizes[: group.n_plates]))
-    if value.shape[lead] != 1 or math.prod(value.shape[:lead]) != rows:
-        return None
     # A row of many has the levels of all: sums of parts are of one size.
-    if rows == 1 and (all_data is None or all_data.rows == 1):
-        return None
-    if any(size != 1 for a in group.outlines.values() for size in a.shape[:lead]):
+    is_part = all_data is not None and all_data.rows != 1
+    lead, value, rows = 1 + group.n_plates, group.value, count_of_rows(group, is_part)
+    if rows is None:
         return None
     shape = tuple(value.shape[lead + 1 :])
     levels = value.long()

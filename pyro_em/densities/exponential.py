@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_em.densities.compiled import Loop, Numbers, as_numbers
 from pyro_em.densities.density import PlainRows
+from pyro_em.densities.plain_rows import count_of_rows
 from pyro_em.families.family import Family, Statistics
 from pyro_em.graph.factors import Group
 
@@ -155,10 +156,8 @@ def as_exponential(group: Group, K: int) -> Exponential | None:
     if form.of_counts or form.is_augmented or form.is_local:
         return None
     lead = 1 + group.n_plates
-    value, rows = group.value, math.prod((len(group.members), *group.sizes[: group.n_plates]))
-    if value.shape[lead] != 1 or rows == 1 or math.prod(value.shape[:lead]) != rows:
-        return None
-    if any(size != 1 for a in group.outlines.values() for size in a.shape[:lead]):
+    value, rows = group.value, count_of_rows(group)
+    if rows is None:
         return None
     inner = value.shape[lead + 1 :]
     shape = inner[: group.event_dims]

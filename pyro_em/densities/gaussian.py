@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.densities.pairs import unfolding, upper_pairs, with_products
+from pyro_em.densities.plain_rows import count_of_rows
 from pyro_em.densities.whitened import Scaled, Whitened, block_size, is_near
 from pyro_em.families.family import Statistics
 from pyro_em.graph.all_data import AllData, Centre
@@ -294,12 +295,8 @@ def as_gaussian(group: Group, K: int, all_data: AllData | None = None) -> Gaussi
         return None
     lead = 1 + group.n_plates
     value = group.value
-    if value.shape[lead] != 1 or math.prod(value.shape[:lead]) == 1:
-        return None
-    if any(size != 1 for a in group.outlines.values() for size in a.shape[:lead]):
-        return None
-    rows = math.prod((len(group.members), *group.sizes[: group.n_plates]))
-    if math.prod(value.shape[:lead]) != rows:
+    rows = count_of_rows(group)
+    if rows is None:
         return None
     event = value.shape[lead + 1 :]
     centre = None if all_data is None else all_data.centres.get(group.members[0])

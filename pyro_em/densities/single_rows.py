@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.densities.density import PlainRows
+from pyro_em.densities.plain_rows import count_of_rows
 from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import Group
 
@@ -61,10 +61,8 @@ class SingleRows(PlainRows):
         if group.family is None or group.family.name != cls.family or not group.observed:
             return None
         lead = 1 + group.n_plates
-        value, rows = group.value, math.prod((len(group.members), *group.sizes[: group.n_plates]))
-        if value.shape[lead] != 1 or rows == 1 or math.prod(value.shape[:lead]) != rows:
-            return None
-        if any(size != 1 for a in group.outlines.values() for size in a.shape[:lead]):
+        value, rows = group.value, count_of_rows(group)
+        if rows is None:
             return None
         elements = group.elements
         if elements is not None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from pyro_em.densities.incomplete import Incomplete
 from pyro_em.densities.masked import Masked
+from pyro_em.densities.plain_rows import count_of_rows
 from pyro_em.graph.all_data import AllData, Centre
 from pyro_em.graph.factors import Group, is_incomplete, seen_entries
 
@@ -23,10 +22,8 @@ def as_incomplete(
     value = group.value
     if group.family is None:
         return None
-    rows = math.prod((len(group.members), *group.sizes[: group.n_plates]))
-    if value.shape[lead] != 1 or rows == 1 or math.prod(value.shape[:lead]) != rows:
-        return None
-    if any(size != 1 for a in group.outlines.values() for size in a.shape[:lead]):
+    rows = count_of_rows(group)
+    if rows is None:
         return None
     event, seen = value.shape[lead + 1 :], seen_entries(group)
     if seen is None or len(event) != 1 or seen.shape[lead] != 1:
