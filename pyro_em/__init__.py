@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from pyro_em.fitting.standard_errors import StandardErrors
     from pyro_em.loss import TraceExact_ELBO
     from pyro_em.plan.plan import Plan
-    from pyro_em.posteriors.posterior import Posterior
+    from pyro_em.posteriors.answers.posterior import Posterior
     from pyro_em.posteriors.strategies import Annealed, Hard, MonteCarlo
     from pyro_em.resampling.bootstrap import Bootstrap
     from pyro_em.selection.ratio import Ratio
@@ -147,7 +147,7 @@ _HOMES = {
     "ModelError": "pyro_em.errors",
     "MonteCarlo": "pyro_em.posteriors.strategies",
     "Plan": "pyro_em.plan.plan",
-    "Posterior": "pyro_em.posteriors.posterior",
+    "Posterior": "pyro_em.posteriors.answers.posterior",
     "PyroEMError": "pyro_em.errors",
     "PyroEMWarning": "pyro_em.errors",
     "Ratio": "pyro_em.selection.ratio",

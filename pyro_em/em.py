@@ -42,8 +42,8 @@ from pyro_em.plan.wishes import (
     check_constructor,
     updates_by_name,
 )
-from pyro_em.posteriors.assignments import Start
-from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.answers.posterior import Posterior
+from pyro_em.posteriors.starts.assignments import Start
 from pyro_em.questions import Questions
 from pyro_em.resampling.bootstrap import bootstrap
 from pyro_em.resampling.refits import Again

@@ -26,9 +26,9 @@ from pyro_em.plan.planner import Planner
 from pyro_em.plan.program import Program
 from pyro_em.plan.request import Request
 from pyro_em.plan.wishes import check_draws, check_limits
+from pyro_em.posteriors.continuous.gaussian_components import NotSeparate
 from pyro_em.posteriors.contraction import contract, evidence
 from pyro_em.posteriors.enumeration import contraction_of, e_step, scales_of
-from pyro_em.posteriors.gaussian_components import NotSeparate
 from pyro_em.tracing.given import AtReferences, references_in, without_values
 from pyro_em.tracing.randomness import random_state
 from pyro_em.tracing.runs import Run

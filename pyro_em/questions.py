@@ -39,7 +39,7 @@ from pyro_em.plan.wishes import (
     check_collisions,
     check_draws,
 )
-from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.answers.posterior import Posterior
 from pyro_em.tracing.given import without_values
 from pyro_em.tracing.long_format import as_written
 from pyro_em.tracing.parameters import snapshot

@@ -11,9 +11,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pyro_em"
 WINGS = sorted(p.parent for p in PACKAGE.glob("*/__init__.py"))
+FOLDERS = sorted(p.parent for p in PACKAGE.glob("*/*/__init__.py"))
 
 
-@pytest.mark.parametrize("wing", WINGS, ids=lambda wing: wing.name)
+def _address(folder: Path) -> str:
+    return ".".join(folder.relative_to(PACKAGE).parts)
+
+
+@pytest.mark.parametrize("wing", [*WINGS, *FOLDERS], ids=_address)
 def test_a_wing_says_what_it_may_import_and_names_files_that_are_there(wing: Path) -> None:
     tree = ast.parse((wing / "__init__.py").read_text())
     text = ast.get_docstring(tree) or ""
@@ -21,9 +26,21 @@ def test_a_wing_says_what_it_may_import_and_names_files_that_are_there(wing: Pat
     public = {
         a.asname or a.name for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names
     }
-    known = {p.stem for p in wing.glob("*.py")} | public | {p.name for p in WINGS}
+    files = {p.stem for p in wing.glob("*.py")}
+    around = wing.parent if wing in FOLDERS else wing
+    beside = {p.stem for p in around.iterdir()} | {p.name for p in WINGS}
+    known = files | public | beside
     for name in re.findall(r"(?<!`)`([a-z_]+)(?:\.\w+)*`(?!`)", text):
         assert name in known or name == "pyro_em", f"{wing.name}: {name}"
+    if wing in FOLDERS:
+        assert files - {"__init__"} <= set(re.findall(r"`(\w+)`", text)), wing.name
+
+
+def test_no_circle_is_looked_for_in_every_wing_and_folder() -> None:
+    ancestors = re.search(r"ancestors = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.S)
+    assert ancestors is not None
+    watched = set(re.findall(r"pyro_em\.([\w.]+)", ancestors[1]))
+    assert watched == {_address(folder) for folder in [*WINGS, *FOLDERS]}
 
 
 def test_the_files_that_contributing_names_are_there() -> None:

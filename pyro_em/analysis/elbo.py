@@ -16,8 +16,8 @@ from pyro_em.plan.given_q import as_posterior
 from pyro_em.plan.planner import Planner
 from pyro_em.plan.program import Program
 from pyro_em.portable import Portable
-from pyro_em.posteriors.gaussian_steps import in_m_step
-from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.answers.posterior import Posterior
+from pyro_em.posteriors.continuous.gaussian_steps import in_m_step
 from pyro_em.tracing.parameters import parameters_at
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.statistics import dot

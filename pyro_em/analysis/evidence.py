@@ -28,7 +28,7 @@ from pyro_em.plan.planner import Planner
 from pyro_em.plan.program import Program
 from pyro_em.plan.wishes import check_draws
 from pyro_em.portable import Portable
-from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.answers.posterior import Posterior
 from pyro_em.tracing.draws import drawn_run
 from pyro_em.tracing.given import without_values
 from pyro_em.tracing.runs import Model

@@ -21,14 +21,19 @@ from pyro_em.errors import UsageError, message
 from pyro_em.globs import Values, listed
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.plan.program import Program
-from pyro_em.posteriors.data_steps import ObservedSite, observed_sites
-from pyro_em.posteriors.gaussian import GaussianBlock
-from pyro_em.posteriors.gaussian_faces import GaussianFaces
-from pyro_em.posteriors.gaussian_steps import gaussians_in
-from pyro_em.posteriors.posterior import Posterior
-from pyro_em.posteriors.predicted_sites import Draws, OtherSite, PredictedSite, predicted_site
+from pyro_em.posteriors.answers.data_steps import ObservedSite, observed_sites
+from pyro_em.posteriors.answers.gaussian_faces import GaussianFaces
+from pyro_em.posteriors.answers.posterior import Posterior
+from pyro_em.posteriors.answers.predicted_sites import (
+    Draws,
+    OtherSite,
+    PredictedSite,
+    predicted_site,
+)
+from pyro_em.posteriors.answers.series_faces import batch_of
+from pyro_em.posteriors.continuous.gaussian_steps import gaussians_in
+from pyro_em.posteriors.gaussians.gaussian import GaussianBlock
 from pyro_em.posteriors.sampling import AT_ONCE, codes_of
-from pyro_em.posteriors.series_faces import batch_of
 from pyro_em.tracing.given import without_values
 from pyro_em.tracing.missing import missing_in
 from pyro_em.tracing.randomness import seeded

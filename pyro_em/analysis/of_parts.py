@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_em.analysis.elbo import ELBOTerms, elbo_terms
 from pyro_em.plan.evaluation import Evaluation
 from pyro_em.plan.part import Part, Totals
-from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.answers.posterior import Posterior
 from pyro_em.reduction.trees import added
 from pyro_em.tracing.parameters import parameters_at
 from pyro_em.tracing.sites import Role

@@ -16,7 +16,7 @@ from pyro_em.errors import UsageError, message
 from pyro_em.graph.axes import Over, axes_along
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.plan.program import Program
-from pyro_em.posteriors.names import by_glob, latent_of, own_name
+from pyro_em.posteriors.answers.names import by_glob, latent_of, own_name
 from pyro_em.tracing.parameters import restore, snapshot, write_unconstrained
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pyro_em.errors import UsageError, message
 from pyro_em.globs import Values
-from pyro_em.posteriors.posterior import Posterior
-from pyro_em.posteriors.protocol import AnyPosterior
+from pyro_em.posteriors.answers.posterior import Posterior
+from pyro_em.posteriors.answers.protocol import AnyPosterior
 from pyro_em.tracing.draws import predicted_run
 from pyro_em.tracing.randomness import seeded
 

@@ -3,9 +3,10 @@
     ℓ_k(y | x) = n η − d A(η) + h,     η = β_kᵀ x + offset,     A(η) = log(1 + exp η) or exp η
 
 with n and d the sufficient statistics of a row (successes and trials, events and exposure). The M-step
-maximises Σ_n r_nk ℓ_k(y_n | x_n) by Newton's method; each of its passes makes Σ r ℓ, Σ r ℓ′ x and
-Σ r (−ℓ″) x xᵀ in chunks of rows. Responsibilities are kept from the E-step to the M-step: one number
-for each row and component, and nothing else of that size (`pyro_em.posteriors.row_factors.Collected`).
+maximises Σ_n r_nk ℓ_k(y_n | x_n) by Newton's method; each of its passes makes Σ r ℓ, Σ r ℓ′ x and Σ r
+(−ℓ″) x xᵀ in chunks of rows. Responsibilities are kept from the E-step to the M-step: one number for
+each row and component, and nothing else of that size
+(`pyro_em.posteriors.mixtures.row_factors.Collected`).
 """
 
 from __future__ import annotations

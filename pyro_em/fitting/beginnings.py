@@ -1,7 +1,7 @@
 """The first parameters of a start: assignments of the latents by a rule, then an M-step.
 
 The rules draw responsibilities at random, or by clusters of the observed vectors around rows that are
-drawn far apart (`pyro_em.posteriors.clusters` names the sources).
+drawn far apart (`pyro_em.posteriors.starts.clusters` names the sources).
 """
 
 from __future__ import annotations
@@ -22,16 +22,21 @@ from pyro_em.graph.factors import FactorGraph
 from pyro_em.plan.evaluation import Evaluation
 from pyro_em.plan.given_q import given_solutions
 from pyro_em.plan.program import Program
-from pyro_em.posteriors import clusters
-from pyro_em.posteriors.assignments import Cluster, clustered_counts, given_counts, random_counts
-from pyro_em.posteriors.conjugate_solution import ConjugateSolution
-from pyro_em.posteriors.gaussian_product import drawn_from_prior
-from pyro_em.posteriors.gaussian_steps import gaussians_in
-from pyro_em.posteriors.integrated import Integrated, Solution
-from pyro_em.posteriors.names import integrated_names
-from pyro_em.posteriors.scaled import ScaledSolution
-from pyro_em.posteriors.scaled_gaussian import ScaledGaussian
-from pyro_em.posteriors.vectors import Rows, rows_of
+from pyro_em.posteriors.answers.names import integrated_names
+from pyro_em.posteriors.conjugates.conjugate_solution import ConjugateSolution
+from pyro_em.posteriors.continuous.gaussian_steps import gaussians_in
+from pyro_em.posteriors.gaussians.gaussian_product import drawn_from_prior
+from pyro_em.posteriors.gaussians.integrated import Integrated, Solution
+from pyro_em.posteriors.scales.scaled import ScaledSolution
+from pyro_em.posteriors.scales.scaled_gaussian import ScaledGaussian
+from pyro_em.posteriors.starts import clusters
+from pyro_em.posteriors.starts.assignments import (
+    Cluster,
+    clustered_counts,
+    given_counts,
+    random_counts,
+)
+from pyro_em.posteriors.starts.vectors import Rows, rows_of
 
 # Shares of every row that all clusters get: none; against exact zeros of the model that clusters
 # contradict; against clusters too small for the parameters of a component.

@@ -18,8 +18,8 @@ from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import Group
 from pyro_em.plan.part import Part, plate_of_rows
 from pyro_em.plan.program import Program
-from pyro_em.posteriors.gaussian import GaussianBlock
-from pyro_em.posteriors.shared_conjugates import shared_blocks
+from pyro_em.posteriors.conjugates.shared_conjugates import shared_blocks
+from pyro_em.posteriors.gaussians.gaussian import GaussianBlock
 from pyro_em.reduction.reduction import Reduction
 from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.sites import Role

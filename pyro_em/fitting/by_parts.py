@@ -15,7 +15,7 @@ from pyro_em.fitting.point import PartsPoint, Point, SumsPoint, Values
 from pyro_em.plan.evaluation import Evaluation
 from pyro_em.plan.part import Made, Summary, Totals
 from pyro_em.plan.program import Program
-from pyro_em.posteriors.gaussian_steps import for_updates
+from pyro_em.posteriors.continuous.gaussian_steps import for_updates
 from pyro_em.reduction.seen_as import SeenAs
 from pyro_em.tracing.parameters import restore, snapshot, values_of
 from pyro_em.updates.m_step import MStepReport, MStepState, m_step_over

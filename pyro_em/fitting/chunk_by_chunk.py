@@ -17,7 +17,7 @@ from pyro_em.fitting.session import Session
 from pyro_em.plan.over_all import require_partable
 from pyro_em.plan.part import Part, plate_of_rows
 from pyro_em.plan.program import Program
-from pyro_em.posteriors.shared_conjugates import OutsideRows, shared_blocks
+from pyro_em.posteriors.conjugates.shared_conjugates import OutsideRows, shared_blocks
 from pyro_em.reduction.trees import added
 from pyro_em.sources.chunks import Chunks
 

@@ -14,7 +14,7 @@ from pyro_em.globs import listed, matching, stacked_answers
 from pyro_em.portable import Copied, Portable, answered
 
 if TYPE_CHECKING:
-    from pyro_em.posteriors.posterior import Posterior
+    from pyro_em.posteriors.answers.posterior import Posterior
 
 
 class EMStatus(Enum):

@@ -23,9 +23,9 @@ from torch.distributions import transform_to
 from pyro_em.graph.factors import Group
 from pyro_em.plan.part import Part
 from pyro_em.plan.program import Program
-from pyro_em.posteriors.gaussian import GaussianBlock
-from pyro_em.posteriors.state_moments import moments_of_first
-from pyro_em.posteriors.state_steps import ChainSums, ChainTheta
+from pyro_em.posteriors.chain_sums.state_moments import moments_of_first
+from pyro_em.posteriors.chain_sums.state_steps import ChainSums, ChainTheta
+from pyro_em.posteriors.gaussians.gaussian import GaussianBlock
 from pyro_em.reduction.reduction import Reduction
 from pyro_em.tracing.parameters import TracedParameter, moved
 from pyro_em.tracing.sites import Role

@@ -28,7 +28,7 @@ from pyro_em.fitting.labels import Labels, ParameterForm, labels_of
 from pyro_em.globs import natural
 from pyro_em.graph.factors import FactorGraph, Group, seen_entries
 from pyro_em.graph.structure import Structure
-from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.answers.posterior import Posterior
 from pyro_em.tracing.sites import Role
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from pyro_em.fitting.standard_errors import (
 )
 from pyro_em.plan.part import Part, Totals
 from pyro_em.plan.program import Program
+from pyro_em.posteriors.conjugates.shared_conjugates import shared_blocks
 from pyro_em.posteriors.contraction import contract, evidence
 from pyro_em.posteriors.enumeration import scales_of
-from pyro_em.posteriors.shared_conjugates import shared_blocks
 from pyro_em.reduction.seen_as import SeenAs
 from pyro_em.tracing.parameters import TracedParameter, parameters_at
 from pyro_em.updates.update import Fixed

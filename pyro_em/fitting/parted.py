@@ -21,11 +21,11 @@ from pyro_em.plan.over_all import all_data_of, require_partable
 from pyro_em.plan.part import Part
 from pyro_em.plan.program import Program
 from pyro_em.plan.verification import distrusted
-from pyro_em.posteriors.collapsed import Collapsed
-from pyro_em.posteriors.factor_rows import FactorRows
-from pyro_em.posteriors.gaussian_steps import for_updates
+from pyro_em.posteriors.conjugates.shared_conjugates import shared_blocks
+from pyro_em.posteriors.continuous.collapsed import Collapsed
+from pyro_em.posteriors.continuous.factor_rows import FactorRows
+from pyro_em.posteriors.continuous.gaussian_steps import for_updates
 from pyro_em.posteriors.quick import QuickBlock
-from pyro_em.posteriors.shared_conjugates import shared_blocks
 from pyro_em.reduction.reduction import Reduction
 from pyro_em.reduction.seen_as import SeenAs
 from pyro_em.tracing.parameters import restore, snapshot

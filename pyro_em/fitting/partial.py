@@ -24,7 +24,7 @@ from pyro_em.fitting.session import Session
 from pyro_em.graph.all_data import AllData, Centre
 from pyro_em.plan.over_all import all_data_of, require_partable
 from pyro_em.plan.part import Part
-from pyro_em.posteriors.gaussian_steps import for_updates
+from pyro_em.posteriors.continuous.gaussian_steps import for_updates
 from pyro_em.reduction.flat import form
 from pyro_em.reduction.reduction import Whole
 from pyro_em.reduction.trees import leaves

@@ -13,7 +13,7 @@ from pyro_em.errors import UsageError, message
 from pyro_em.plan.evaluation import Evaluation
 from pyro_em.plan.part import Made, Summary
 from pyro_em.plan.program import Program
-from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.answers.posterior import Posterior
 from pyro_em.posteriors.quick import QuickSteps
 from pyro_em.tracing.turns import Alone
 from pyro_em.updates.statistics import Expectation

@@ -50,8 +50,8 @@ from pyro_em.plan.plan import Plan
 from pyro_em.plan.program import Program
 from pyro_em.plan.unobserved import with_unobserved
 from pyro_em.portable import Given
-from pyro_em.posteriors.later_faces import LaterFaces
-from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.answers.later_faces import LaterFaces
+from pyro_em.posteriors.answers.posterior import Posterior
 from pyro_em.posteriors.strategies import Hard
 from pyro_em.reduction.reduction import Whole
 from pyro_em.tracing.parameters import parameters_at, snapshot, values_of

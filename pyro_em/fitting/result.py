@@ -24,7 +24,7 @@ from pyro_em.fitting.standard_errors import StandardErrors
 from pyro_em.fitting.summary import as_frame, estimates, parameter_table, wide_table
 from pyro_em.plan.plan import Plan
 from pyro_em.portable import Copied, Portable, Refused, answered
-from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.answers.posterior import Posterior
 from pyro_em.tracing.dependences import changed_since
 from pyro_em.variational.drawn import DrawnPosterior
 

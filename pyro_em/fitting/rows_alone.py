@@ -24,7 +24,7 @@ from pyro_em.errors import PyroEMError, UsageError, message
 from pyro_em.plan.part import Part, plate_of_rows
 from pyro_em.plan.planner import Planner
 from pyro_em.plan.program import Program
-from pyro_em.posteriors.gaussian_steps import for_updates
+from pyro_em.posteriors.continuous.gaussian_steps import for_updates
 from pyro_em.reduction.trees import added
 from pyro_em.tracing.randomness import same_random_state
 

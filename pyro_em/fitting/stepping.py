@@ -12,7 +12,7 @@ from pyro_em.fitting.history import EMStep
 from pyro_em.fitting.loop import endless_steps
 from pyro_em.fitting.session import Session
 from pyro_em.plan.program import Program
-from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.answers.posterior import Posterior
 from pyro_em.tracing.randomness import same_random_state
 from pyro_em.updates.m_step import apply_floors
 from pyro_em.variational.batches import first_batch, is_loader

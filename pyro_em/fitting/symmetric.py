@@ -6,7 +6,7 @@ from pyro_em.errors import message, sites_in_words, warn
 from pyro_em.fitting.em_on_sums import tells_apart
 from pyro_em.fitting.guarded import Guarded
 from pyro_em.fitting.point import Point, SumsPoint
-from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.answers.posterior import Posterior
 
 
 def is_symmetric(em: Guarded, at: Point) -> bool:

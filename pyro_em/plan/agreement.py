@@ -14,7 +14,7 @@ from pyro_em.graph.slices import Slices
 from pyro_em.graph.trace import Resized
 from pyro_em.plan.evaluation import Disagreement
 from pyro_em.plan.program import Program
-from pyro_em.posteriors.gaussian_steps import at_zero, of_lines
+from pyro_em.posteriors.continuous.gaussian_steps import at_zero, of_lines
 from pyro_em.tracing.given import GivenGaussians
 from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.runs import Run

@@ -19,9 +19,9 @@ from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.routes import Route, routes_of
-from pyro_em.posteriors.conjugate_components import conjugated
-from pyro_em.posteriors.gaussian_components import Alike
-from pyro_em.posteriors.scaled_components import pairs_alike
+from pyro_em.posteriors.continuous.conjugate_components import conjugated
+from pyro_em.posteriors.continuous.gaussian_components import Alike
+from pyro_em.posteriors.scales.scaled_components import pairs_alike
 from pyro_em.tracing.given import GivenConjugates
 from pyro_em.tracing.runs import Model, Run
 from pyro_em.tracing.sites import mask_tensor

@@ -25,7 +25,7 @@ from pyro_em.plan.program import Program
 from pyro_em.plan.task import Task, traced
 from pyro_em.plan.unrouted import Unrouted
 from pyro_em.plan.verification import verified
-from pyro_em.posteriors.gaussian_components import Alike, NotSeparate, integrated
+from pyro_em.posteriors.continuous.gaussian_components import Alike, NotSeparate, integrated
 from pyro_em.tracing.given import GivenConjugates, GivenGaussians, without_values
 from pyro_em.tracing.names import names_of
 

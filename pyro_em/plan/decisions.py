@@ -17,9 +17,9 @@ from pyro_em.plan.notes import sites_without_data, support_edges, unconstrained_
 from pyro_em.plan.program import Program, later_kernel
 from pyro_em.plan.task import Task
 from pyro_em.plan.wishes import matched
+from pyro_em.posteriors.continuous.gaussian_steps import for_updates
 from pyro_em.posteriors.elimination import ContractionPlan, LaterContraction
 from pyro_em.posteriors.enumeration import check_scales, contraction_of
-from pyro_em.posteriors.gaussian_steps import for_updates
 from pyro_em.tracing.dependences import Dependences
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import versions_of

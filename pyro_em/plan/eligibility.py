@@ -22,16 +22,16 @@ from pyro_em.graph.stretches import LaterTuple
 from pyro_em.graph.useful import may_be_affine
 from pyro_em.posteriors.arrangement import Arrangement, arranged
 from pyro_em.posteriors.block import Component, components_of
-from pyro_em.posteriors.chain import Chain
-from pyro_em.posteriors.collapsed import collapsed_rows
-from pyro_em.posteriors.conjugate_rows import conjugate_rows
-from pyro_em.posteriors.factor_rows import factor_rows
+from pyro_em.posteriors.chain_sums.state_steps import chain_sums
+from pyro_em.posteriors.chains.chain import Chain
+from pyro_em.posteriors.chains.step_chain import StepChain
+from pyro_em.posteriors.continuous.collapsed import collapsed_rows
+from pyro_em.posteriors.continuous.conjugate_rows import conjugate_rows
+from pyro_em.posteriors.continuous.factor_rows import factor_rows
 from pyro_em.posteriors.independent import Independent
-from pyro_em.posteriors.mixture import Mixture
-from pyro_em.posteriors.product_rows import ProductRows
+from pyro_em.posteriors.mixtures.mixture import Mixture
+from pyro_em.posteriors.mixtures.product_rows import ProductRows
 from pyro_em.posteriors.quick import QuickBlock, QuickSteps, SumsBlock
-from pyro_em.posteriors.state_steps import chain_sums
-from pyro_em.posteriors.step_chain import StepChain
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.appearances import is_joint
 from pyro_em.updates.dispersed import dispersed_at

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.posteriors.gaussian_steps import Solved
+from pyro_em.posteriors.continuous.gaussian_steps import Solved
 
 
 @dataclass(frozen=True, eq=False)

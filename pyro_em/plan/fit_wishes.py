@@ -10,7 +10,7 @@ from typing import Any
 
 from pyro_em.arguments import check_path, limit, number, seed_of, shown, truth, whole
 from pyro_em.errors import UsageError, message
-from pyro_em.posteriors.assignments import Start
+from pyro_em.posteriors.starts.assignments import Start
 
 
 @dataclass(frozen=True, eq=False)

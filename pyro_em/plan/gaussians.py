@@ -15,8 +15,8 @@ from pyro_em.graph.lines import Line, NotLinear, is_gaussian, is_matrix_of_rows
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.routes import Route, routes_of
 from pyro_em.plan.unrouted import Unrouted, without_route
-from pyro_em.posteriors.gaussian import GaussianBlock
-from pyro_em.posteriors.scaled import ScaledBlock
+from pyro_em.posteriors.gaussians.gaussian import GaussianBlock
+from pyro_em.posteriors.scales.scaled import ScaledBlock
 from pyro_em.tracing.given import GivenGaussians
 from pyro_em.tracing.missing import LAGGED
 from pyro_em.tracing.runs import Model

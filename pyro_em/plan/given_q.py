@@ -13,20 +13,20 @@ from pyro_em.arguments import shown
 from pyro_em.errors import UsageError, message
 from pyro_em.globs import listed
 from pyro_em.plan.evaluation import Evaluation
-from pyro_em.posteriors.conjugate_faces import block_of, latents_in
-from pyro_em.posteriors.conjugate_given import conjugate_given
-from pyro_em.posteriors.conjugate_solution import ConjugateSolution
-from pyro_em.posteriors.gaussian_faces import GaussianFaces
-from pyro_em.posteriors.gaussian_product import GaussianProduct, moments_given
-from pyro_em.posteriors.gaussian_steps import Solved, conjugates_in, gaussians_in
-from pyro_em.posteriors.integrated import Integrated, Solution
-from pyro_em.posteriors.names import integrated_names
-from pyro_em.posteriors.posterior import Posterior
-from pyro_em.posteriors.product import product_posterior
-from pyro_em.posteriors.regrouped import regrouped
-from pyro_em.posteriors.scaled import ScaledBlock, ScaledSolution
-from pyro_em.posteriors.scaled_gaussian import ScaledGaussian
-from pyro_em.posteriors.stacked_conjugates import StackedConjugates
+from pyro_em.posteriors.answers.conjugate_faces import block_of, latents_in
+from pyro_em.posteriors.answers.gaussian_faces import GaussianFaces
+from pyro_em.posteriors.answers.names import integrated_names
+from pyro_em.posteriors.answers.posterior import Posterior
+from pyro_em.posteriors.answers.product import product_posterior
+from pyro_em.posteriors.answers.regrouped import regrouped
+from pyro_em.posteriors.conjugates.conjugate_given import conjugate_given
+from pyro_em.posteriors.conjugates.conjugate_solution import ConjugateSolution
+from pyro_em.posteriors.conjugates.stacked_conjugates import StackedConjugates
+from pyro_em.posteriors.continuous.gaussian_steps import Solved, conjugates_in, gaussians_in
+from pyro_em.posteriors.gaussians.gaussian_product import GaussianProduct, moments_given
+from pyro_em.posteriors.gaussians.integrated import Integrated, Solution
+from pyro_em.posteriors.scales.scaled import ScaledBlock, ScaledSolution
+from pyro_em.posteriors.scales.scaled_gaussian import ScaledGaussian
 from pyro_em.variational.drawn import DrawnPosterior
 
 

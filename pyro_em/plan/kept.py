@@ -59,8 +59,8 @@ from pyro_em.plan.program import Program
 from pyro_em.plan.read_again import doing_the_same, is_on_the_same_data, on_other_data, shown
 from pyro_em.plan.task import Task
 from pyro_em.portable import StaysHere
-from pyro_em.posteriors.gaussian_components import NotSeparate
-from pyro_em.posteriors.kept_layouts import forget_layouts
+from pyro_em.posteriors.continuous.gaussian_components import NotSeparate
+from pyro_em.posteriors.states.kept_layouts import forget_layouts
 from pyro_em.tracing.loops import NotVectorized
 from pyro_em.tracing.names import names_of, numbers_in
 from pyro_em.tracing.runs import Begin

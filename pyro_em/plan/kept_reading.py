@@ -19,8 +19,8 @@ from pyro_em.graph.stacking import form_of_binding
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.program import Program
 from pyro_em.plan.task import Noting, Task
+from pyro_em.posteriors.continuous.gaussian_steps import at_zero
 from pyro_em.posteriors.elimination import ContractionPlan
-from pyro_em.posteriors.gaussian_steps import at_zero
 from pyro_em.tracing.calls import CallLog
 from pyro_em.tracing.given import References, references_in
 from pyro_em.tracing.names import names_of, numbers_in

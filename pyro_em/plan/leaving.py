@@ -35,14 +35,14 @@ from pyro_em.graph.structure import Structure
 from pyro_em.graph.trace import trace_graph
 from pyro_em.plan.gaussians import why_not_integrable
 from pyro_em.portable import StaysHere
-from pyro_em.posteriors.conjugate_components import conjugated
-from pyro_em.posteriors.gaussian_components import (
+from pyro_em.posteriors.continuous.conjugate_components import conjugated
+from pyro_em.posteriors.continuous.gaussian_components import (
     Alike,
     NotSeparate,
     components_of_lines,
     integrated,
 )
-from pyro_em.posteriors.scaled_components import pairs_alike
+from pyro_em.posteriors.scales.scaled_components import pairs_alike
 from pyro_em.tracing.given import GivenGaussians, References
 from pyro_em.tracing.randomness import same_random_state
 from pyro_em.tracing.runs import Model

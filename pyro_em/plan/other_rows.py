@@ -20,7 +20,7 @@ from pyro_em.graph.kept_lines import without_data
 from pyro_em.graph.structure import form_of
 from pyro_em.plan.eligibility import Kernel
 from pyro_em.plan.program import Program, later_kernel
-from pyro_em.posteriors.gaussian_steps import for_updates
+from pyro_em.posteriors.continuous.gaussian_steps import for_updates
 from pyro_em.tracing.dependences import Dependences
 from pyro_em.tracing.parameters import versions_of
 from pyro_em.tracing.sites import Role

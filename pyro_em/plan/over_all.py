@@ -18,9 +18,9 @@ from pyro_em.graph.all_data import AllData, Centre, Vectors
 from pyro_em.graph.factors import FactorGraph, Group, largest_counts
 from pyro_em.plan.part import Part, plate_of_rows
 from pyro_em.plan.program import Program
-from pyro_em.posteriors.collapsed import form_of_rows, own_vectors
-from pyro_em.posteriors.gaussian_steps import for_updates
-from pyro_em.posteriors.shared_conjugates import shared_blocks
+from pyro_em.posteriors.conjugates.shared_conjugates import shared_blocks
+from pyro_em.posteriors.continuous.collapsed import form_of_rows, own_vectors
+from pyro_em.posteriors.continuous.gaussian_steps import for_updates
 from pyro_em.reduction.reduction import Reduction
 from pyro_em.tracing.checkpoint import checksum
 from pyro_em.tracing.sites import INTEGRATED, Role

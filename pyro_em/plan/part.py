@@ -24,10 +24,10 @@ from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.evaluation import Evaluation
 from pyro_em.plan.program import Program
+from pyro_em.posteriors.answers.posterior import Posterior
+from pyro_em.posteriors.chain_sums.state_steps import ChainSums
+from pyro_em.posteriors.conjugates.shared_conjugates import OutsideRows, shared_blocks
 from pyro_em.posteriors.exact import log_evidence_of
-from pyro_em.posteriors.posterior import Posterior
-from pyro_em.posteriors.shared_conjugates import OutsideRows, shared_blocks
-from pyro_em.posteriors.state_steps import ChainSums
 from pyro_em.tracing.parameters import parameters_at, values_of
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.data_sums import DataSums

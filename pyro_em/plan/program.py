@@ -42,18 +42,18 @@ from pyro_em.plan.plan import Plan
 from pyro_em.plan.routes import Route, observations_of, routes_of
 from pyro_em.plan.unrouted import Unrouted
 from pyro_em.portable import StaysHere
+from pyro_em.posteriors.answers.posterior import Posterior
 from pyro_em.posteriors.block import components_of
-from pyro_em.posteriors.elimination import ContractionPlan
-from pyro_em.posteriors.exact import exact_posterior, log_evidence_of
-from pyro_em.posteriors.gaussian_components import Alike, integrated
-from pyro_em.posteriors.gaussian_steps import (
+from pyro_em.posteriors.conjugates.shared_conjugates import OutsideRows, naturals, shared_blocks
+from pyro_em.posteriors.continuous.gaussian_components import Alike, integrated
+from pyro_em.posteriors.continuous.gaussian_steps import (
     expected_densities,
     for_updates,
     in_m_step,
     tables_of,
 )
-from pyro_em.posteriors.posterior import Posterior
-from pyro_em.posteriors.shared_conjugates import OutsideRows, naturals, shared_blocks
+from pyro_em.posteriors.elimination import ContractionPlan
+from pyro_em.posteriors.exact import exact_posterior, log_evidence_of
 from pyro_em.posteriors.strategies import (
     Annealed,
     EStepStrategy,

@@ -22,8 +22,8 @@ from pyro_em.plan.kept_reading import Kept, NotShown, bindings_of, members_of
 from pyro_em.plan.program import Program
 from pyro_em.plan.task import Task, traced
 from pyro_em.plan.verification import verified
-from pyro_em.posteriors.gaussian_components import Alike
-from pyro_em.posteriors.gaussian_steps import at_zero
+from pyro_em.posteriors.continuous.gaussian_components import Alike
+from pyro_em.posteriors.continuous.gaussian_steps import at_zero
 from pyro_em.tracing.given import GivenGaussians, without_values
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import TracedParameter, values_of

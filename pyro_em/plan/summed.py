@@ -14,7 +14,7 @@ from pyro_em.errors import Finding
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.plan.part import Part, is_outside
 from pyro_em.plan.program import Program
-from pyro_em.posteriors.gaussian_steps import for_updates
+from pyro_em.posteriors.continuous.gaussian_steps import for_updates
 from pyro_em.reduction.reduction import Whole
 from pyro_em.tracing.missing import has_missing
 from pyro_em.tracing.parameters import values_of

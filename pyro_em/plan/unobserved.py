@@ -19,11 +19,11 @@ from pyro_em.plan.gaussians import is_integrable
 from pyro_em.plan.program import Program
 from pyro_em.plan.task import Task
 from pyro_em.portable import StaysHere
-from pyro_em.posteriors.gaussian_components import NotSeparate
-from pyro_em.posteriors.gaussian_faces import GaussianFaces
-from pyro_em.posteriors.gaussian_steps import gaussians_in
-from pyro_em.posteriors.later_faces import LaterFaces
-from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.answers.gaussian_faces import GaussianFaces
+from pyro_em.posteriors.answers.later_faces import LaterFaces
+from pyro_em.posteriors.answers.posterior import Posterior
+from pyro_em.posteriors.continuous.gaussian_components import NotSeparate
+from pyro_em.posteriors.continuous.gaussian_steps import gaussians_in
 from pyro_em.tracing.dependences import Dependences, Reading, changed_since
 from pyro_em.tracing.given import GivenGaussians, without_values
 from pyro_em.tracing.parameters import parameters_at, snapshot
@@ -76,7 +76,7 @@ class _Unobserved(StaysHere):
     limit: int
 
     def __call__(self, sites: Collection[str]) -> GaussianFaces:
-        """See `pyro_em.posteriors.later_faces.LaterFaces`."""
+        """See `pyro_em.posteriors.answers.later_faces.LaterFaces`."""
         if self.dependences.is_changed():
             raise UsageError(changed_since("posterior"))
         program, model = self.program, without_values(self.program.model)

@@ -13,7 +13,7 @@ from pyro_em.arguments import shown
 from pyro_em.errors import UsageError, message
 from pyro_em.plotting.axes import PALETTE, or_new
 from pyro_em.plotting.latents import require_shape
-from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.answers.posterior import Posterior
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

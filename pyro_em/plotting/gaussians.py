@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_em.plotting.axes import colour, or_new
 from pyro_em.plotting.latents import probs_of, require_shape
-from pyro_em.posteriors.protocol import AnyPosterior
+from pyro_em.posteriors.answers.protocol import AnyPosterior
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

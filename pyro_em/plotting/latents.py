@@ -8,9 +8,9 @@ from torch import Tensor
 
 from pyro_em.arguments import shown
 from pyro_em.errors import UsageError, message
-from pyro_em.posteriors.posterior import Posterior
-from pyro_em.posteriors.protocol import AnyPosterior
-from pyro_em.posteriors.refusals import refuse_gaussian
+from pyro_em.posteriors.answers.posterior import Posterior
+from pyro_em.posteriors.answers.protocol import AnyPosterior
+from pyro_em.posteriors.answers.refusals import refuse_gaussian
 
 
 def probs_of(where: str, source: Tensor | AnyPosterior, site: str | None) -> Tensor:

@@ -15,8 +15,8 @@ from pyro_em.errors import UsageError, message
 from pyro_em.globs import matching
 from pyro_em.plotting.axes import colour, or_new
 from pyro_em.plotting.latents import require_shape
-from pyro_em.posteriors.data_steps import number_of
-from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.answers.data_steps import number_of
+from pyro_em.posteriors.answers.posterior import Posterior
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

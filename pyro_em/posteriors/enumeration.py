@@ -25,7 +25,7 @@ from pyro_em.errors import (
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.contraction import Ring, contract, evidence, log_sum_exp, maximum
 from pyro_em.posteriors.elimination import ContractionPlan, plan_contraction
-from pyro_em.posteriors.steps import step_cells
+from pyro_em.posteriors.messages.steps import step_cells
 
 Tables = Sequence[Tensor]
 

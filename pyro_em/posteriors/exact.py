@@ -10,11 +10,11 @@ from torch import Tensor
 
 from pyro_em.errors import DegenerateError, message
 from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.posteriors.answers.posterior import Posterior
 from pyro_em.posteriors.contraction import log_sum_exp
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.enumeration import EStep, Tables, e_step, forward, run_contraction
-from pyro_em.posteriors.posterior import Posterior
-from pyro_em.posteriors.steps import step_cells
+from pyro_em.posteriors.messages.steps import step_cells
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.statistics import dot, expected_log_joint
 

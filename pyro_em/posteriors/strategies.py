@@ -22,10 +22,10 @@ import torch
 from pyro_em.arguments import number
 from pyro_em.errors import UsageError, message
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.posteriors.answers.posterior import Posterior
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.enumeration import Tables, e_step, largest_cells
 from pyro_em.posteriors.exact import exact_posterior, wrapped
-from pyro_em.posteriors.posterior import Posterior
 from pyro_em.posteriors.sampling import draw_cells
 from pyro_em.updates.statistics import expected_log_joint
 

@@ -18,7 +18,7 @@ from pyro_em.fitting.table import Table
 from pyro_em.globs import listed
 from pyro_em.plan.fit_wishes import fit_wishes
 from pyro_em.portable import Absent, Portable
-from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.answers.posterior import Posterior
 from pyro_em.resampling.bootstrap import bootstrap
 from pyro_em.resampling.refits import BROKEN, EMPTY, Again
 from pyro_em.selection.candidates import Key

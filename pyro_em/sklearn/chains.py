@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors.forward import forward
-from pyro_em.posteriors.forward_backward import smooth
-from pyro_em.posteriors.viterbi import viterbi
+from pyro_em.posteriors.messages.forward import forward
+from pyro_em.posteriors.messages.forward_backward import smooth
+from pyro_em.posteriors.messages.viterbi import viterbi
 
 
 def smoothed(log_density: Tensor, log_pi: Tensor, log_A: Tensor) -> tuple[Tensor, float]:

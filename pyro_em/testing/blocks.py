@@ -79,7 +79,7 @@ def check_block(
     Example:
         >>> import pyro.distributions as dist
         >>> from torch.distributions import constraints
-        >>> from pyro_em.posteriors.mixture import Mixture
+        >>> from pyro_em.posteriors.mixtures.mixture import Mixture
         >>> def model(x):
         ...     w = pyro.param("w", torch.tensor([0.3, 0.7]), constraint=constraints.simplex)
         ...     with pyro.plate("n", len(x)):

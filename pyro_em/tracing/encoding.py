@@ -33,8 +33,8 @@ _OWN = "pyro_em."
 # Where records are now that files of earlier versions name by another module.
 _MOVED: Mapping[str, str] = {
     "pyro_em.updates.running_sums": "pyro_em.updates.model_sums",
-    "pyro_em.posteriors.collapsed": "pyro_em.posteriors.at_values",
-    "pyro_em.posteriors.conjugate_rows": "pyro_em.posteriors.at_values",
+    "pyro_em.posteriors.continuous.collapsed": "pyro_em.posteriors.at_values",
+    "pyro_em.posteriors.continuous.conjugate_rows": "pyro_em.posteriors.at_values",
 }
 
 

@@ -26,12 +26,12 @@ from pyro_em.graph.conjugate_record import NotConjugate
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import NotLinear
 from pyro_em.graph.trace import trace_graph
+from pyro_em.posteriors.answers.posterior import Posterior
+from pyro_em.posteriors.continuous.gaussian_components import NotSeparate
+from pyro_em.posteriors.continuous.gaussian_steps import tables_of
 from pyro_em.posteriors.contraction import contract
 from pyro_em.posteriors.enumeration import contraction_of, scales_of
 from pyro_em.posteriors.exact import exact_posterior
-from pyro_em.posteriors.gaussian_components import NotSeparate
-from pyro_em.posteriors.gaussian_steps import tables_of
-from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.draws import drawn_run
 from pyro_em.tracing.handlers import GuideSites
 from pyro_em.tracing.runs import Model, Run

@@ -18,7 +18,7 @@ from pyro_em.errors import UsageError, message
 from pyro_em.globs import Values, is_glob, listed, matching, stacked_answers, unknown
 from pyro_em.graph.factors import Latent
 from pyro_em.portable import Absent, Portable
-from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.answers.posterior import Posterior
 from pyro_em.tracing.allocation import watching
 from pyro_em.tracing.dependences import Dependences, Reading, changed_since
 from pyro_em.tracing.draws import sites_of

@@ -31,10 +31,10 @@ from pyro_em.graph.factors import FactorGraph, Group, Nested
 from pyro_em.graph.lines import NotLinear
 from pyro_em.graph.sparse_lines import random_like
 from pyro_em.graph.structure import Structure
-from pyro_em.posteriors.conjugate_components import conjugated
-from pyro_em.posteriors.gaussian_components import Alike, NotSeparate, integrated
-from pyro_em.posteriors.gaussian_steps import NESTED_BLOCKS
-from pyro_em.posteriors.scaled_components import pairs_alike
+from pyro_em.posteriors.continuous.conjugate_components import conjugated
+from pyro_em.posteriors.continuous.gaussian_components import Alike, NotSeparate, integrated
+from pyro_em.posteriors.continuous.gaussian_steps import NESTED_BLOCKS
+from pyro_em.posteriors.scales.scaled_components import pairs_alike
 from pyro_em.tracing.given import References
 from pyro_em.tracing.parameters import moved
 from pyro_em.tracing.randomness import same_random_state, set_random_state

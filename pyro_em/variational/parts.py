@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.graph.factors import Group
-from pyro_em.posteriors.gaussian_steps import in_m_step
+from pyro_em.posteriors.continuous.gaussian_steps import in_m_step
 from pyro_em.tracing.draws import drawn_run
 from pyro_em.tracing.handlers import MaskSites
 from pyro_em.tracing.randomness import seeded

@@ -23,9 +23,9 @@ from torch import Tensor
 from pyro_em.errors import UsageError, message
 from pyro_em.graph.autograd import known_below
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.posteriors.continuous.gaussian_steps import for_updates, in_m_step, tables_of
 from pyro_em.posteriors.enumeration import contraction_of
 from pyro_em.posteriors.exact import exact_posterior
-from pyro_em.posteriors.gaussian_steps import for_updates, in_m_step, tables_of
 from pyro_em.tracing.handlers import GuideSites, ScalePlates
 from pyro_em.tracing.randomness import same_random_state
 from pyro_em.updates.decision import decide_updates

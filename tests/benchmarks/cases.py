@@ -161,7 +161,7 @@ def without_numba(make: Callable[[], Pair]) -> Callable[[], Pair]:
     """The same work by torch alone."""
 
     def plain() -> Pair:
-        from pyro_em.posteriors import forward_backward
+        from pyro_em.posteriors.messages import forward_backward
 
         ours, theirs = make()
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em import ExactPosteriorEM, vectorized_markov
-from pyro_em.posteriors import kalman
-from pyro_em.posteriors.state_space import StateSpace
+from pyro_em.posteriors.filters import kalman
+from pyro_em.posteriors.filters.state_space import StateSpace
 from tests.benchmarks.models import iterations
 
 Run = Callable[[], Any]

@@ -65,7 +65,8 @@ def test_a_fit_is_that_of_operations_on_tables(
     found, loops = [], []
     swept = compiled.swept
     monkeypatch.setattr(
-        "pyro_em.posteriors.mixture.swept", lambda *args: loops.append(args) or swept(*args)
+        "pyro_em.posteriors.mixtures.mixture.swept",
+        lambda *args: loops.append(args) or swept(*args),
     )
     for few in (0, 2**60):
         monkeypatch.setattr(compiled, "_FEW", few)

@@ -33,9 +33,9 @@ from pyro_em.plan import agreement, verification
 from pyro_em.plan import program as programs
 from pyro_em.plan.eligibility import Kernel
 from pyro_em.plan.program import Program
-from pyro_em.posteriors import forward_backward
-from pyro_em.posteriors.chain import Chain
-from pyro_em.posteriors.mixture import Mixture
+from pyro_em.posteriors.chains.chain import Chain
+from pyro_em.posteriors.messages import forward_backward
+from pyro_em.posteriors.mixtures.mixture import Mixture
 from pyro_em.tracing.parameters import values_of
 
 Model = Callable[..., None]
@@ -905,7 +905,7 @@ def test_lost_posterior_mass_is_handed_over(case: str, monkeypatch: pytest.Monke
     em.e_step()
     smooth, plain = forward_backward.smooth, Tensor.div_
     monkeypatch.setattr(
-        "pyro_em.posteriors.chain.smooth",
+        "pyro_em.posteriors.chains.chain.smooth",
         lambda *a: tuple(t * (0.999 if i == 0 else 1) for i, t in enumerate(smooth(*a))),
     )
     monkeypatch.setattr(Tensor, "div_", lambda self, other: plain(self, other).mul_(0.999))

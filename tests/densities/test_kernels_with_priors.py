@@ -19,8 +19,8 @@ from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM, Fixed
 from pyro_em.fitting.history import EMStatus
-from pyro_em.posteriors.chain import Chain
-from pyro_em.posteriors.mixture import Mixture
+from pyro_em.posteriors.chains.chain import Chain
+from pyro_em.posteriors.mixtures.mixture import Mixture
 from tests.densities.test_kernels import Model, both_fits, points, steps_of, symbols
 
 K = 3

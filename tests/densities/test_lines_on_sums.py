@@ -16,8 +16,8 @@ from torch.distributions import constraints as C
 from pyro_em import ExactPosteriorEM
 from pyro_em.plan import program as programs
 from pyro_em.plan.eligibility import Kernel
-from pyro_em.posteriors.chain import Chain
-from pyro_em.posteriors.mixture import Mixture
+from pyro_em.posteriors.chains.chain import Chain
+from pyro_em.posteriors.mixtures.mixture import Mixture
 from pyro_em.testing import check_block
 
 torch.manual_seed(3)

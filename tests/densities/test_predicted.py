@@ -18,7 +18,7 @@ from pyro_em import ExactPosteriorEM, PyroEMWarning, vectorized_markov
 from pyro_em.densities import dispersed, predicted
 from pyro_em.plan import program as programs
 from pyro_em.plan.eligibility import Kernel
-from pyro_em.posteriors.mixture import Mixture
+from pyro_em.posteriors.mixtures.mixture import Mixture
 from pyro_em.testing import check_block
 
 N = 36

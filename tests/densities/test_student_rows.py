@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import Chunks, EMStatus, ExactPosteriorEM
-from pyro_em.posteriors.chain import Chain
-from pyro_em.posteriors.mixture import Mixture
+from pyro_em.posteriors.chains.chain import Chain
+from pyro_em.posteriors.mixtures.mixture import Mixture
 from pyro_em.testing import check_block
 from tests.benchmarks.exponential import student_steps
 

@@ -16,7 +16,7 @@ from torch.distributions import constraints as C
 from pyro_em import ExactPosteriorEM, Fixed, vectorized_markov
 from pyro_em.plan import program as programs
 from pyro_em.plan.eligibility import Kernel
-from pyro_em.posteriors.mixture import Mixture
+from pyro_em.posteriors.mixtures.mixture import Mixture
 from pyro_em.testing import check_block
 
 N = 30

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors.state_space import StateSpace
+from pyro_em.posteriors.filters.state_space import StateSpace
 
 Exact = np.ndarray  # of Decimal
 

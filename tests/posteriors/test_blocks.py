@@ -18,9 +18,9 @@ from pyro_em.densities.tying import collapsed
 from pyro_em.errors import Finding
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.posteriors.block import Block, Component, Values, components_of
-from pyro_em.posteriors.chain import Chain
+from pyro_em.posteriors.chains.chain import Chain
 from pyro_em.posteriors.contracted import Contraction, contraction_around
-from pyro_em.posteriors.mixture import Mixture
+from pyro_em.posteriors.mixtures.mixture import Mixture
 from pyro_em.testing import check_block
 from pyro_em.testing.blocks import joint_table
 from pyro_em.tracing.missing import WithMissing

@@ -18,7 +18,8 @@ from torch.distributions import constraints
 from pyro_em import EMResult, ExactPosteriorEM, Fixed, PyroEMWarning, vectorized_markov
 from pyro_em.fitting import identified
 from pyro_em.fitting.em_map import ByTracing
-from pyro_em.posteriors import kalman, numba_m_step
+from pyro_em.posteriors.chain_sums import numba_m_step
+from pyro_em.posteriors.filters import kalman
 from pyro_em.tracing.parameters import values_of
 from tests.posteriors.chain_models import noise, number, positive
 from tests.posteriors.random_chains import random_chain

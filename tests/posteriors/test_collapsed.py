@@ -13,7 +13,7 @@ from torch.distributions import constraints
 
 from pyro_em import DegenerateError, EMStatus, ExactPosteriorEM, Fixed, PyroEMWarning
 from pyro_em.graph.all_data import Vectors
-from pyro_em.posteriors import collapsed
+from pyro_em.posteriors.continuous import collapsed
 
 ROWS, D, Q = 40, 4, 2
 

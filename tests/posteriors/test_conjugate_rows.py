@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
 
-import pyro_em.posteriors.conjugate_slices as conjugate_slices
+import pyro_em.posteriors.conjugates.conjugate_slices as conjugate_slices
 from pyro_em import ExactPosteriorEM
 from pyro_em.fitting.em_map import ByTracing
 from pyro_em.fitting.em_on_sums import on_sums

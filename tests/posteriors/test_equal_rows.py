@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors.equal_rows import equal_rows
+from pyro_em.posteriors.mixtures.equal_rows import equal_rows
 
 G = torch.Generator().manual_seed(0)
 

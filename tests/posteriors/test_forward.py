@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from pyro_em.posteriors import forward as module
-from pyro_em.posteriors.forward import forward
+from pyro_em.posteriors.messages import forward as module
+from pyro_em.posteriors.messages.forward import forward
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyro_em.posteriors import forward_backward
-from pyro_em.posteriors.forward_backward import smooth, wants_lanes
+from pyro_em.posteriors.messages import forward_backward
+from pyro_em.posteriors.messages.forward_backward import smooth, wants_lanes
 
 Found = tuple[Tensor, Tensor, Tensor]
 Way = Callable[..., Found]
@@ -68,7 +68,7 @@ def in_lanes(likelihood: Tensor, A: Tensor, weight: Tensor | None = None) -> Fou
     """Numba's loop over sequences, of any number."""
     if not forward_backward._HAS_NUMBA:
         pytest.skip("numba is not installed")
-    from pyro_em.posteriors.numba_chain import smooth_lanes
+    from pyro_em.posteriors.messages.numba_chain import smooth_lanes
 
     gamma, xi = torch.empty_like(lanes(likelihood).permute(2, 1, 0)), torch.empty_like(A)
     weight = torch.ones(1, 1) if weight is None else weight.T.contiguous()

@@ -14,7 +14,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_em import EMResult, EMStatus, ExactPosteriorEM, Posterior, PyroEMWarning
-from pyro_em.posteriors import state_form
+from pyro_em.posteriors.states import state_form
 from tests.posteriors.chain_models import CASES, noise, number, positive
 from tests.posteriors.gaussian_models import DenseJoint, Values, dense_joint
 from tests.posteriors.random_chains import random_chain

@@ -9,9 +9,9 @@ import pytest
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from pyro_em.posteriors.block_search import components
-from pyro_em.posteriors.gaussian_layout import BlockLayout
-from pyro_em.posteriors.site_forms import SiteForm
+from pyro_em.posteriors.gaussians.block_search import components
+from pyro_em.posteriors.gaussians.gaussian_layout import BlockLayout
+from pyro_em.posteriors.gaussians.site_forms import SiteForm
 
 
 def _pairs(how: str, n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em import ExactPosteriorEM, UsageError
-from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.answers.posterior import Posterior
 
 D64 = torch.float64
 
@@ -314,7 +314,7 @@ def test_draws_have_the_posterior_moments_and_a_seed() -> None:
 
 def test_many_draws_go_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
     q = posterior(factors, X)
-    monkeypatch.setattr("pyro_em.posteriors.gaussian_faces.AT_ONCE", 50)
+    monkeypatch.setattr("pyro_em.posteriors.answers.gaussian_faces.AT_ONCE", 50)
     draws = q.sample(1000, seed=0)["h"]
     assert draws.shape == (1000, 7, 2)
     mean, covariance, _ = dense_factors()

@@ -13,11 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyro_em.posteriors import kalman, kalman_compiled, kalman_steps
-from pyro_em.posteriors.condensed import condensed
-from pyro_em.posteriors.kalman import disturbances, filtered, lagged_covariance, sampled, smoothed
-from pyro_em.posteriors.kalman_moments import filtered_by_moments, smoothed_by_moments
-from pyro_em.posteriors.state_space import Filtered, Smoothed, StateSpace
+from pyro_em.posteriors.filters import kalman, kalman_compiled, kalman_steps
+from pyro_em.posteriors.filters.condensed import condensed
+from pyro_em.posteriors.filters.kalman import (
+    disturbances,
+    filtered,
+    lagged_covariance,
+    sampled,
+    smoothed,
+)
+from pyro_em.posteriors.filters.kalman_moments import filtered_by_moments, smoothed_by_moments
+from pyro_em.posteriors.filters.state_space import Filtered, Smoothed, StateSpace
 from tests.posteriors.dense_chain import dense
 
 
@@ -551,7 +557,7 @@ def test_machine_code_is_not_kept_when_what_it_calls_changes(
 ) -> None:
     import numba
 
-    from pyro_em.posteriors.numba_kalman import keyed
+    from pyro_em.posteriors.filters.numba_kalman import keyed
 
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     hits = []

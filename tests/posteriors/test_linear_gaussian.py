@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors.gaussian_layout import BlockLayout
-from pyro_em.posteriors.linear_gaussian import GaussianSolution, solve
-from pyro_em.posteriors.site_forms import SiteForm, Term
-from pyro_em.posteriors.site_rows import SiteNumbers
-from pyro_em.posteriors.square_root import square_root
+from pyro_em.posteriors.gaussians.gaussian_layout import BlockLayout
+from pyro_em.posteriors.gaussians.linear_gaussian import GaussianSolution, solve
+from pyro_em.posteriors.gaussians.site_forms import SiteForm, Term
+from pyro_em.posteriors.gaussians.site_rows import SiteNumbers
+from pyro_em.posteriors.gaussians.square_root import square_root
 from pyro_em.updates.linear_moments import shifted, summed
 
 LOG_TWO_PI = float(np.log(2 * np.pi))
@@ -500,7 +500,7 @@ def test_factors_from_rows_are_those_of_the_matrices(
 ) -> None:
     layout, numbers = random_program(seed)
     right = solve(layout, numbers)
-    monkeypatch.setattr("pyro_em.posteriors.block_factors._LOSS", -1.0)
+    monkeypatch.setattr("pyro_em.posteriors.gaussians.block_factors._LOSS", -1.0)
     found = solve(layout, numbers)
     close(found.log_evidence, right.log_evidence.numpy())
     for s in range(len(layout.sites)):
@@ -545,7 +545,7 @@ def test_gradients_are_right_and_can_be_taken_twice(
     from_rows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if from_rows:
-        monkeypatch.setattr("pyro_em.posteriors.block_factors._LOSS", -1.0)
+        monkeypatch.setattr("pyro_em.posteriors.gaussians.block_factors._LOSS", -1.0)
     layout, _ = random_intercepts([2, 3, 1], q=2)
     g = torch.Generator().manual_seed(6)
     x = torch.randn(6, 1, generator=g).double()
@@ -574,7 +574,7 @@ def test_gradients_are_right_and_can_be_taken_twice(
 
 
 def test_gradients_where_no_latent_reads_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyro_em.posteriors.block_factors._LARGE", 1)
+    monkeypatch.setattr("pyro_em.posteriors.gaussians.block_factors._LARGE", 1)
     layout, numbers = crossed_program((4, 2))
 
     def found(spread: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -662,7 +662,7 @@ def test_plain_em_of_random_intercepts_goes_the_published_way() -> None:
 def test_large_sites_are_added_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     layout, numbers = random_program(7)
     right = solve(layout, numbers).log_evidence
-    monkeypatch.setattr("pyro_em.posteriors.block_factors._MANY", 1)
+    monkeypatch.setattr("pyro_em.posteriors.gaussians.block_factors._MANY", 1)
     close(solve(layout, numbers).log_evidence, right.numpy(), 1e-13)
 
 

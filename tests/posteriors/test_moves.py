@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors import forward_backward
-from pyro_em.posteriors import smooth_moves as ways
-from pyro_em.posteriors.moves import Label, Moves
-from pyro_em.posteriors.smooth_moves import Smoothed, Table, smooth_moves
+from pyro_em.posteriors.messages import forward_backward
+from pyro_em.posteriors.messages import smooth_moves as ways
+from pyro_em.posteriors.messages.moves import Label, Moves
+from pyro_em.posteriors.messages.smooth_moves import Smoothed, Table, smooth_moves
 
 LABELS: dict[str, tuple[tuple[int, ...], tuple[int, ...], list[set[Label]]]] = {
     "one latent": ((3,), (1,), [{(0, 1), (0, 0)}]),

@@ -16,7 +16,7 @@ from torch.distributions import constraints as C
 import pyro_em.plan.program as programs
 from pyro_em import Chunks, ExactPosteriorEM
 from pyro_em.plan.eligibility import Kernel
-from pyro_em.posteriors.product_rows import ProductRows
+from pyro_em.posteriors.mixtures.product_rows import ProductRows
 from pyro_em.testing import check_block
 
 _DRAWN = torch.Generator().manual_seed(1)

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from pyro_em import ExactPosteriorEM
-from pyro_em.posteriors import discrete_faces, forward_backward, series_faces
+from pyro_em.posteriors.answers import discrete_faces, series_faces
 from pyro_em.posteriors.enumeration import contraction_of, run_contraction
-from pyro_em.posteriors.product_steps import product_steps
-from pyro_em.posteriors.steps import step_cells
+from pyro_em.posteriors.messages import forward_backward
+from pyro_em.posteriors.messages.product_steps import product_steps
+from pyro_em.posteriors.messages.steps import step_cells
 from tests.graph.vectorized_models import LOOPS, data
 from tests.posteriors.random_step_chains import RandomSteps
 from tests.posteriors.test_step_chains import mixtures, two_chains

@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from pyro_em import DrawnPosterior, ExactPosteriorEM, Posterior
-from pyro_em.posteriors.protocol import AnyPosterior
+from pyro_em.posteriors.answers.protocol import AnyPosterior
 
 METHODS = ("probs", "mode", "sample", "entropy")
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributions import constraints, kl_divergence
 
 from pyro_em import ExactPosteriorEM
-from pyro_em.posteriors import gaussian_components
-from pyro_em.posteriors.scaled_chain import ScaledChain
+from pyro_em.posteriors.continuous import gaussian_components
+from pyro_em.posteriors.scales.scaled_chain import ScaledChain
 
 STEPS = 8
 Y = torch.as_tensor(np.random.default_rng(3).normal(size=(STEPS, 2)).cumsum(0))

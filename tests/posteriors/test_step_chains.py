@@ -17,10 +17,10 @@ from torch import Tensor
 from pyro_em import Chunks, ExactPosteriorEM
 from pyro_em.densities.tying import collapsed
 from pyro_em.errors import Finding
-from pyro_em.posteriors import forward_backward
 from pyro_em.posteriors.block import Component
-from pyro_em.posteriors.chain import Chain
-from pyro_em.posteriors.step_chain import StepChain
+from pyro_em.posteriors.chains.chain import Chain
+from pyro_em.posteriors.chains.step_chain import StepChain
+from pyro_em.posteriors.messages import forward_backward
 from pyro_em.testing import check_block
 from pyro_em.tracing.parameters import parameters_at, values_of
 from tests.graph.vectorized_models import LOOPS, Loop, data, real, simplex

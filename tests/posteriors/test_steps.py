@@ -12,10 +12,10 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_em import DataError, ExactPosteriorEM, Posterior
-from pyro_em.posteriors import discrete_faces
+from pyro_em.posteriors.answers import discrete_faces
 from pyro_em.posteriors.enumeration import contraction_of, run_contraction
-from pyro_em.posteriors.steps import best_path, step_cells, steps_of
-from pyro_em.posteriors.viterbi import viterbi
+from pyro_em.posteriors.messages.steps import best_path, step_cells, steps_of
+from pyro_em.posteriors.messages.viterbi import viterbi
 
 A = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.3, 0.3, 0.4]], dtype=torch.float64)
 LEFT_TO_RIGHT = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.8, 0.2], [0.0, 0.0, 1.0]], dtype=A.dtype)
@@ -182,7 +182,7 @@ def test_of_equal_paths_the_first_state_is_taken_from_the_end_on(
 ) -> None:
     """Whole numbers, so that many paths are equally good; each state is chosen by plain loops."""
     if way == "by steps":
-        monkeypatch.setattr("pyro_em.posteriors.viterbi.compiles", lambda *_: False)
+        monkeypatch.setattr("pyro_em.posteriors.messages.viterbi.compiles", lambda *_: False)
     T, B, K, generator = 90, 2, 3, torch.Generator().manual_seed(0)
     log_l = torch.randint(-2, 1, (T, B, K), generator=generator).to(A.dtype)
     log_l[torch.rand(log_l.shape, generator=generator) < 0.2] = -torch.inf

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyro_em import ExactPosteriorEM
-from pyro_em.posteriors import varying
 from pyro_em.posteriors.contraction import maximum
 from pyro_em.posteriors.enumeration import run_contraction
-from pyro_em.posteriors.steps import best_path, step_cells, steps_of
+from pyro_em.posteriors.messages import varying
+from pyro_em.posteriors.messages.steps import best_path, step_cells, steps_of
 
 
 def random_chain(T, K, B, D, seed, *, homogeneous=False, zeros=0.0):

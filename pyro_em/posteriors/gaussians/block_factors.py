@@ -1,0 +1,304 @@
+"""The matrices of the blocks of a linear-Gaussian component, and their factors.
+
+    Λ = I + Tᵀ M T,     M = Σ_rows Cᵀ P C,     Λ = R Rᵀ
+
+T leads from noises to unknowns by substitution in topological order; M is what observed rows say of the
+unknowns. What rounding does to log|Λ| is about the size of the terms of Λ_ii relative to the pivots:
+where that is too much, R is taken from the rows themselves by a QR decomposition.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.posteriors.gaussians.flat_reads import added, read_at
+from pyro_em.posteriors.gaussians.gaussian_layout import BlockLayout, Bucket
+from pyro_em.posteriors.gaussians.site_rows import SiteRows, applied
+from pyro_em.posteriors.gaussians.square_root import square_root
+
+_MANY = 2**24  # numbers that the rows of one site may add to M at once
+
+_MOST = 2**27  # numbers that the rows of some blocks may take in all
+
+_EPSILON = 2.0**-53
+
+_LARGE = 32  # unknowns of a block from which on products of its matrices are worth avoiding
+
+_LOSS = 1e-11  # nats that the log evidence of a block may lose where its rows could do better
+
+
+@dataclass(frozen=True, eq=False)
+class BlockFactor:
+    """The factors of the matrices of one bucket.
+
+    Attributes:
+        bucket: Which one.
+        T: # (cells, B, d, d)
+        cholesky: The lower factor of Λ. # (cells, B, d, d)
+        scale: The diagonal of T where it is a large diagonal matrix (no latent of the block reads
+            another); None elsewhere. # (cells, B, d)
+    """
+
+    bucket: Bucket
+    T: Tensor
+    cholesky: Tensor
+    scale: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without_cached(self)
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """Cov(ε) = Λ⁻¹. # (cells, B, d, d)"""
+        if self.scale is not None:
+            return torch.cholesky_inverse(self.cholesky)
+        return self._inverse.mT @ self._inverse
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """Cov(h) = T Λ⁻¹ Tᵀ. # (cells, B, d, d)"""
+        if self.scale is not None:
+            return self.scale.unsqueeze(-1) * self.noise_and_latents
+        return self._spreading.mT @ self._spreading
+
+    @cached_property
+    def noise_and_latents(self) -> Tensor:
+        """Cov(ε, h) = Λ⁻¹ Tᵀ. # (cells, B, d, d)"""
+        if self.scale is not None:
+            return self.noise * self.scale.unsqueeze(-2)
+        return self._inverse.mT @ self._spreading
+
+    @cached_property
+    def _inverse(self) -> Tensor:
+        """The inverse of `cholesky`. # (cells, B, d, d)"""
+        eye = torch.eye(self.bucket.size, dtype=self.T.dtype, device=self.T.device)
+        return torch.linalg.solve_triangular(
+            self.cholesky, eye.expand_as(self.cholesky), upper=False
+        )
+
+    @cached_property
+    def _spreading(self) -> Tensor:
+        """K = cholesky⁻¹ Tᵀ, so that the covariance of h is KᵀK. # (cells, B, d, d)"""
+        return self._inverse @ self.T.mT
+
+    def drawn(self, z: Tensor) -> Tensor:
+        """Posterior deviations of h, T L⁻ᵀ z. # (cells, B, d, n), as z"""
+        return self.T @ torch.linalg.solve_triangular(self.cholesky.mT, z, upper=True)
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        """Λ⁻¹ g of flat vectors. # (cells, B * d)"""
+        g = gradient[:, self.bucket.vector].reshape(-1, self.bucket.count, self.bucket.size, 1)
+        half = torch.linalg.solve_triangular(self.cholesky, g, upper=False)
+        return torch.linalg.solve_triangular(self.cholesky.mT, half, upper=True).flatten(1)
+
+    def spread_out(self, epsilon: Tensor) -> Tensor:
+        """T ε of flat vectors. # (cells, B * d)"""
+        e = epsilon[:, self.bucket.vector].reshape(-1, self.bucket.count, self.bucket.size, 1)
+        return (self.T @ e).flatten(1)
+
+    def gather_in(self, gradient: Tensor) -> Tensor:
+        """Tᵀ g of flat vectors. # (cells, B * d)"""
+        g = gradient[:, self.bucket.vector].reshape(-1, self.bucket.count, self.bucket.size, 1)
+        return (self.T.mT @ g).flatten(1)
+
+
+def without_cached(value: Any) -> dict[str, Any]:
+    """The fields of a value, with which a copy begins: the rest follows from them."""
+    return {f.name: getattr(value, f.name) for f in fields(value)}
+
+
+def precision_of(layout: BlockLayout, rows: Sequence[SiteRows], cells: int) -> Tensor:
+    """M = Σ Cᵀ P C of observed rows, the flat matrices. # (cells|1, matrix_size)"""
+    total = torch.zeros(1, layout.matrix_size, dtype=torch.float64, device=layout.device)
+    for k in sorted({1, cells}):  # what all cells share is added once
+        places, terms, size = [], [], 0  # what many small sites add goes at once
+        for s, site in enumerate(rows):
+            reading = layout.reads[s]
+            if site.value is None or reading.size == 0 or site.whitened.shape[0] != k:
+                continue
+            W, n = site.whitened, layout.sites[s].rows
+            each = k * reading.size**2
+            step = max(1, _MANY // each)
+            if torch.is_grad_enabled() and W.requires_grad:
+                step = max(1, n)
+            for begin in range(0, n, step):
+                chunk = slice(begin, min(begin + step, n))
+                places.append(reading.pairs(chunk).reshape(-1))
+                terms.append(_gram(site, chunk).reshape(k, -1))
+                size += each * (chunk.stop - begin)
+                if size >= _MANY:
+                    total = added(total.expand(k, -1), torch.cat(places), torch.cat(terms, 1))
+                    places, terms, size = [], [], 0
+        if places:
+            total = added(total.expand(k, -1), torch.cat(places), torch.cat(terms, 1))
+    return total
+
+
+def _gram(site: SiteRows, rows: slice) -> Tensor:
+    """Cᵀ P C of each row. # (cells|1, rows, Q, Q)"""
+    W = site.whitened if site.whitened.shape[1] == 1 else site.whitened[:, rows]
+    weighted = W
+    if site.weight is not None:
+        weight = site.weight if site.weight.shape[0] == 1 else site.weight[rows]
+        weighted = W * weight.unsqueeze(-1)
+    gram = W.mT * weighted if W.shape[-2] == 1 else W.mT @ weighted
+    return gram.expand(-1, rows.stop - rows.start, -1, -1)
+
+
+def gradient_of(
+    layout: BlockLayout, rows: Sequence[SiteRows], residual: Sequence[Tensor | None], delta: Tensor
+) -> Tensor:
+    """Σ Cᵀ P r at h = c + δ, a flat vector. # (cells, vector_size)"""
+    out = torch.zeros_like(delta)
+    for s, site in enumerate(rows):
+        start, reading = residual[s], layout.reads[s]
+        if start is None or reading.size == 0:
+            continue
+        r = start - applied(site.coefficients, read_at(delta, reading))
+        out = added(out, reading.vector, applied(site.whitened.mT, site.weigh(site.whiten(r))))
+    return out
+
+
+def substituted(
+    layout: BlockLayout, bucket: Bucket, rows: Sequence[SiteRows], cells: int
+) -> Tensor:
+    """T of the blocks of a bucket, from parents to children; zero in the padding. # (cells, B, d, d)"""
+    of_latent: dict[int, Tensor] = {}  # rows of T. (·, n, q, d)
+    for member in bucket.members:
+        form, site = layout.sites[member.site], rows[member.site]
+        n, q = len(member.positions), form.width
+        L = site.spread if site.is_matrix else site.spread.diag_embed()
+        L = _of_members(L, member.elements).expand(-1, n, -1, -1)
+        places = member.positions[:, None, None] + torch.arange(q, device=layout.device)
+        T = L.new_zeros(L.shape[0], n, q, bucket.size)
+        T = T.scatter(-1, places.expand(L.shape[0], n, q, q), L)
+        begin = 0
+        for term, parents in zip(form.terms, member.parents, strict=True):
+            end = begin + layout.sites[term.latent].width
+            if parents is not None:
+                C = _of_members(site.coefficients[..., begin:end], member.elements)
+                T = T + C @ of_latent[term.latent][:, parents]
+            begin = end
+        of_latent[member.site] = T
+    stacked = [T.expand(cells, -1, -1, -1).flatten(1, 2) for T in of_latent.values()]
+    stacked.append(stacked[0].new_zeros(cells, 1, bucket.size))  # what padding takes
+    shape = cells, bucket.count, bucket.size, bucket.size
+    return torch.cat(stacked, 1).index_select(1, bucket.order).reshape(shape)
+
+
+def _scale_of(
+    layout: BlockLayout, bucket: Bucket, rows: Sequence[SiteRows], T: Tensor
+) -> Tensor | None:
+    """The diagonal of T where it is a large diagonal matrix, by its form. # (cells, B, d)"""
+    for member in bucket.members:
+        is_read = any(parents is not None for parents in member.parents)
+        is_full = rows[member.site].is_matrix and layout.sites[member.site].width > 1
+        if is_read or is_full:
+            return None
+    return T.diagonal(dim1=-2, dim2=-1) if bucket.size >= _LARGE else None
+
+
+def factorized(
+    layout: BlockLayout, bucket: Bucket, rows: Sequence[SiteRows], T: Tensor, M: Tensor
+) -> BlockFactor:
+    """Λ = I + Tᵀ M T and its factor, from the rows themselves where that would lose digits.
+
+    What rounding does to log|Λ| is about the size of the terms of Λ_ii relative to the pivots.
+    """
+    eye = torch.eye(bucket.size, dtype=T.dtype, device=T.device)
+    scale = _scale_of(layout, bucket, rows, T)
+    if scale is None:
+        information = eye + T.mT @ M @ T
+    else:
+        information = eye + scale.unsqueeze(-1) * M * scale.unsqueeze(-2)
+    cholesky, failed = torch.linalg.cholesky_ex(information)
+    with torch.no_grad():
+        reach = M.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().unsqueeze(-2)
+        reach = reach @ T.abs() if scale is None else reach * scale.abs().unsqueeze(-2)
+        pivots = cholesky.diagonal(dim1=-2, dim2=-1).square()
+        lost = _EPSILON * ((1 + reach.squeeze(-2).square()) / pivots).amax(-1)
+        finite = information.isfinite().flatten(2).all(-1)
+        poor = ((lost > _LOSS) | (failed != 0)) & finite
+        which = poor.any(0).nonzero().squeeze(-1)
+        exact = _from_rows(layout, bucket, rows, T, which) if len(which) else None
+        if exact is None:
+            wrong = (failed != 0)[..., None, None]
+    if exact is None:  # numbers that are not finite: the answer says so, without an error
+        cholesky = torch.where(wrong, torch.full_like(cholesky, math.nan), cholesky)
+        return BlockFactor(bucket, T, cholesky, scale)
+
+    if information.requires_grad:
+        # Its derivatives are those of the factor of L⁻¹ Λ L⁻ᵀ, which is the identity here.
+        moved = information[:, which] - information[:, which].detach()
+        half = torch.linalg.solve_triangular(exact, moved, upper=False)
+        moved = torch.linalg.solve_triangular(exact, half.mT, upper=False)
+        exact = exact @ torch.linalg.cholesky_ex(eye + moved).L
+        replaced = torch.zeros_like(poor[0])
+        replaced[which] = True
+        safe = torch.where(replaced[:, None, None], eye, information)
+        cholesky, failed = torch.linalg.cholesky_ex(safe)
+    cholesky = torch.where(
+        (failed != 0)[..., None, None] & ~finite[..., None, None], math.nan, cholesky
+    )
+    return BlockFactor(bucket, T, cholesky.index_copy(1, which, exact), scale)
+
+
+def _from_rows(
+    layout: BlockLayout, bucket: Bucket, rows: Sequence[SiteRows], T: Tensor, which: Tensor
+) -> Tensor | None:
+    """The factors of some blocks of a bucket by QR; None if the rows are too many.
+
+    Returns:
+        # (cells, n, d, d)
+    """
+    cells, B, d = T.shape[:3]
+    number = torch.full((layout.blocks,), -1, device=T.device)
+    number[bucket.first + which] = torch.arange(len(which), device=T.device)
+    chosen = []
+    for s, site in enumerate(rows):
+        block, reading = layout.block_of_row[s], layout.reads[s]
+        if site.value is not None and reading.size:
+            inside = number[block.clamp(min=0)]
+            chosen.append(
+                (site, reading, ((block >= 0) & (inside >= 0)).nonzero().squeeze(-1), inside)
+            )
+    sizes = [len(r) * max(site.coefficients.shape[-2:]) for site, _, r, _ in chosen]
+    if cells * sum(sizes) * d > _MOST:
+        return None
+    flat_T = T.reshape(cells, B * d, d)
+    out, blocks = [T.new_zeros(cells, 0, d)], [which[:0]]
+    for site, reading, r, inside in chosen:
+        W = site.whitened
+        W = (W if W.shape[1] == 1 else W[:, r]).expand(-1, len(r), -1, -1)
+        if site.weight is not None:
+            weight = site.weight if site.weight.shape[0] == 1 else site.weight[r]
+            W = W * weight.sqrt().unsqueeze(-1)
+        # A missing read takes any row: its coefficients are zero.
+        places = (reading.vector[r] - bucket.vector.start).clamp(0, B * d - 1)
+        out.append((W @ flat_T[:, places]).flatten(1, 2))
+        blocks.append(inside[r].repeat_interleave(W.shape[-2]))
+    return square_root(torch.cat(out, 1), torch.cat(blocks), len(which))
+
+
+def _of_members(x: Tensor, elements: Tensor | None) -> Tensor:
+    """The rows of some elements; what all rows share as it is. # (·, n|1, ...)"""
+    return x if elements is None or x.shape[1] == 1 else x[:, elements]
+
+
+def log_determinants(factors: Sequence[BlockFactor]) -> Tensor:
+    """log|Λ| of each block. # (cells, blocks)"""
+    logs = [2 * f.cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1) for f in factors]
+    return torch.cat(logs, 1)
+
+
+def squares_of(factor: BlockFactor, epsilon: Tensor) -> Tensor:
+    """‖ε‖² of each block. # (cells, B)"""
+    bucket = factor.bucket
+    return epsilon[:, bucket.vector].reshape(-1, bucket.count, bucket.size).square().sum(-1)
