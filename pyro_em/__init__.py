@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from pyro_em.families.family import Family, Link, Rule
     from pyro_em.families.forms import Kind
     from pyro_em.families.registry import register_family
-    from pyro_em.fitting.history import EMStatus, EMStep, History
-    from pyro_em.fitting.online_sums import StepSize
-    from pyro_em.fitting.result import EMResult
-    from pyro_em.fitting.standard_errors import StandardErrors
+    from pyro_em.fitting.batches.online_sums import StepSize
+    from pyro_em.fitting.results.history import EMStatus, EMStep, History
+    from pyro_em.fitting.results.result import EMResult
+    from pyro_em.fitting.results.standard_errors import StandardErrors
     from pyro_em.loss import TraceExact_ELBO
     from pyro_em.plan.plan import Plan
     from pyro_em.posteriors.answers.posterior import Posterior
@@ -128,9 +128,9 @@ _HOMES = {
     "Direct": "pyro_em.comparison.contenders",
     "DrawnPosterior": "pyro_em.variational.drawn",
     "ELBOTerms": "pyro_em.analysis.elbo",
-    "EMResult": "pyro_em.fitting.result",
-    "EMStatus": "pyro_em.fitting.history",
-    "EMStep": "pyro_em.fitting.history",
+    "EMResult": "pyro_em.fitting.results.result",
+    "EMStatus": "pyro_em.fitting.results.history",
+    "EMStep": "pyro_em.fitting.results.history",
     "EvidenceEstimate": "pyro_em.analysis.evidence",
     "ExactPosteriorEM": "pyro_em.em",
     "Family": "pyro_em.families.family",
@@ -139,7 +139,7 @@ _HOMES = {
     "Forecast": "pyro_em.analysis.forecast",
     "Gradient": "pyro_em.updates.update",
     "Hard": "pyro_em.posteriors.strategies",
-    "History": "pyro_em.fitting.history",
+    "History": "pyro_em.fitting.results.history",
     "Kind": "pyro_em.families.forms",
     "LeastSquares": "pyro_em.updates.update",
     "Newton": "pyro_em.updates.update",
@@ -153,8 +153,8 @@ _HOMES = {
     "Ratio": "pyro_em.selection.ratio",
     "Rule": "pyro_em.families.family",
     "Selection": "pyro_em.selection.selection",
-    "StandardErrors": "pyro_em.fitting.standard_errors",
-    "StepSize": "pyro_em.fitting.online_sums",
+    "StandardErrors": "pyro_em.fitting.results.standard_errors",
+    "StepSize": "pyro_em.fitting.batches.online_sums",
     "TraceExact_ELBO": "pyro_em.loss",
     "UsageError": "pyro_em.errors",
     "compare": "pyro_em.comparison.compare",

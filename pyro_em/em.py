@@ -21,16 +21,16 @@ from pyro_em.analysis.ordering import a_key, sort_components
 from pyro_em.arguments import site_name, truth
 from pyro_em.elsewhere import OF_EM, NamesFromElsewhere
 from pyro_em.fitting import stepping
-from pyro_em.fitting.chunked import first_arguments
 from pyro_em.fitting.fit import fit
 from pyro_em.fitting.from_arrays import from_arrays
-from pyro_em.fitting.history import EMStep
 from pyro_em.fitting.keeping import Keeping
 from pyro_em.fitting.partial import partial_fit
+from pyro_em.fitting.parts.chunked import first_arguments
+from pyro_em.fitting.parts.within_budget import within_budget
 from pyro_em.fitting.preconditions import refuse_a_guide
-from pyro_em.fitting.result import EMResult
+from pyro_em.fitting.results.history import EMStep
+from pyro_em.fitting.results.result import EMResult
 from pyro_em.fitting.session import Session
-from pyro_em.fitting.within_budget import within_budget
 from pyro_em.plan.fit_wishes import fit_wishes
 from pyro_em.plan.given_q import as_posterior, check_q
 from pyro_em.plan.plan import Plan
@@ -49,7 +49,7 @@ from pyro_em.resampling.bootstrap import bootstrap
 from pyro_em.resampling.refits import Again
 from pyro_em.tracing.missing import WithMissing
 from pyro_em.tracing.turns import AloneAtEachStep, alone
-from pyro_em.updates.optimizers import Optimizer
+from pyro_em.updates.gradients.optimizers import Optimizer
 from pyro_em.updates.update import Update
 from pyro_em.variational.trainer import Trainer
 

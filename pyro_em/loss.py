@@ -17,9 +17,9 @@ from pyro.infer.elbo import ELBO
 from torch import Tensor
 
 from pyro_em.errors import UsageError, message, raise_findings, warn
-from pyro_em.graph.conjugate_record import NotConjugate
+from pyro_em.graph.conjugate_children.conjugate_record import NotConjugate
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.lines import NotLinear
+from pyro_em.graph.gaussian_lines.lines import NotLinear
 from pyro_em.graph.structure import form_of
 from pyro_em.graph.trace import trace_graph
 from pyro_em.plan.planner import Planner

@@ -22,13 +22,18 @@ from pyro_em.analysis.of_parts import bound_of_parts, elbo_of_parts, log_evidenc
 from pyro_em.analysis.predictive import predictive_draws
 from pyro_em.arguments import a_level, by_name, seed_of, truth, whole
 from pyro_em.errors import ModelError, PyroEMError, UsageError, message
-from pyro_em.fitting.chunk_by_chunk import SharedByChunks, answers, parts_of, refuse_q_of_chunks
-from pyro_em.fitting.chunked import chunks_in, first_arguments
 from pyro_em.fitting.from_arrays import from_arrays
+from pyro_em.fitting.parts.chunk_by_chunk import (
+    SharedByChunks,
+    answers,
+    parts_of,
+    refuse_q_of_chunks,
+)
+from pyro_em.fitting.parts.chunked import chunks_in, first_arguments
+from pyro_em.fitting.parts.within_budget import in_chunks, serve
 from pyro_em.fitting.preconditions import refuse_a_guide
 from pyro_em.fitting.session import Session
 from pyro_em.fitting.stepping import loss_of
-from pyro_em.fitting.within_budget import in_chunks, serve
 from pyro_em.globs import Values
 from pyro_em.plan.given_q import check_q
 from pyro_em.plan.part import Part

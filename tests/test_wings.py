@@ -28,7 +28,7 @@ def test_a_wing_says_what_it_may_import_and_names_files_that_are_there(wing: Pat
     }
     files = {p.stem for p in wing.glob("*.py")}
     around = wing.parent if wing in FOLDERS else wing
-    beside = {p.stem for p in around.iterdir()} | {p.name for p in WINGS}
+    beside = {p.stem for p in around.rglob("*")} | {p.name for p in WINGS}
     known = files | public | beside
     for name in re.findall(r"(?<!`)`([a-z_]+)(?:\.\w+)*`(?!`)", text):
         assert name in known or name == "pyro_em", f"{wing.name}: {name}"

@@ -20,7 +20,7 @@ from pyro_em.posteriors.answers.posterior import Posterior
 from pyro_em.posteriors.continuous.gaussian_steps import in_m_step
 from pyro_em.tracing.parameters import parameters_at
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.statistics import dot
+from pyro_em.updates.expectations.statistics import dot
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.particle import Particle
 from pyro_em.variational.parts import split

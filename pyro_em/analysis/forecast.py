@@ -37,7 +37,7 @@ from pyro_em.posteriors.sampling import AT_ONCE, codes_of
 from pyro_em.tracing.given import without_values
 from pyro_em.tracing.missing import missing_in
 from pyro_em.tracing.randomness import seeded
-from pyro_em.updates.gaussian_rows import event_shape
+from pyro_em.updates.expectations.gaussian_rows import event_shape
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.drawn import DrawnPosterior
 

@@ -21,7 +21,7 @@ from pyro_em.posteriors.answers.posterior import Posterior
 from pyro_em.reduction.trees import added
 from pyro_em.tracing.parameters import parameters_at
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.statistics import dot
+from pyro_em.updates.expectations.statistics import dot
 
 
 def elbo_of_parts(parts: Iterable[Part], params: Mapping[str, Tensor], index: int) -> ELBOTerms:

@@ -17,7 +17,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_em.errors import UsageError, message, raise_findings
-from pyro_em.graph.examination import examine
+from pyro_em.graph.findings.examination import examine
 from pyro_em.graph.trace import trace_graph
 from pyro_em.plan.cost import budget_problems, contraction_from_structure
 from pyro_em.posteriors.contraction import contract, evidence

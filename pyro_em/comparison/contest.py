@@ -21,7 +21,7 @@ from pyro_em.comparison.contenders import Contender, Direct, budgets_of, no_guid
 from pyro_em.comparison.curves import Curve, Recorder, RunBroken
 from pyro_em.em import ExactPosteriorEM
 from pyro_em.errors import PyroEMError
-from pyro_em.fitting.history import EMStatus, EMStep
+from pyro_em.fitting.results.history import EMStatus, EMStep
 from pyro_em.loss import TraceExact_ELBO
 from pyro_em.posteriors.strategies import EStepStrategy
 from pyro_em.tracing.parameters import parameters_read

@@ -17,7 +17,7 @@ from pyro_em.densities.pairs import products
 from pyro_em.densities.ridge import are_read_elsewhere, may_be_ridge
 from pyro_em.distributions import bounds
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.updates.designs import Designs
+from pyro_em.updates.regressions.designs import Designs
 from pyro_em.updates.update import LeastSquares, Newton, ParameterUpdate
 
 _FEW = 2**16  # numbers from which on the same of all rows is held once

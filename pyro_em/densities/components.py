@@ -6,7 +6,7 @@ With moments m = Σ r d and M = Σ r d dᵀ about a point c_k, and w = Σ r,
 
 summed over k first where all share one spread. What is solved is what the next E-step reads, so that
 nothing is computed twice. Everything else about a Gaussian is solved by
-`pyro_em.updates.closed_form`.
+`pyro_em.updates.closed_forms.closed_form`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pyro_em.densities.natural import formed
 from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
 from pyro_em.families.family import Family, expected_log_density
-from pyro_em.graph.binding import PRODUCT, whole_matrices, whole_parameter
+from pyro_em.graph.bindings.binding import PRODUCT, whole_matrices, whole_parameter
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.updates.scatter import data_magnitude
+from pyro_em.updates.expectations.scatter import data_magnitude
 from pyro_em.updates.update import ClosedForm, ParameterUpdate
 
 Values = Mapping[str, Tensor]

@@ -32,11 +32,11 @@ from pyro_em.densities.ridge import Ridge, are_read_elsewhere, may_be_ridge
 from pyro_em.errors import Handover
 from pyro_em.families.predicted import GAMMA, digamma_rise, log_rising, trigamma_rise
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.updates.coefficients import FAR
-from pyro_em.updates.curved import Curved
-from pyro_em.updates.designs import designs_of
-from pyro_em.updates.dispersed import Dispersed, dispersed_at, positive
-from pyro_em.updates.newton import climb
+from pyro_em.updates.regressions.coefficients import FAR
+from pyro_em.updates.regressions.curved import Curved
+from pyro_em.updates.regressions.designs import designs_of
+from pyro_em.updates.regressions.dispersed import Dispersed, dispersed_at, positive
+from pyro_em.updates.regressions.newton import climb
 from pyro_em.updates.update import Newton, ParameterUpdate
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_em.families.family import IDENTITY, Rule, main_rule
 from pyro_em.families.forms import Kind
 from pyro_em.graph.factors import Group
-from pyro_em.updates.statistics import known_statistics
+from pyro_em.updates.expectations.statistics import known_statistics
 
 _FEW = 2**8  # numbers of a value whose linear form is remembered
 

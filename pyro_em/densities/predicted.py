@@ -34,14 +34,14 @@ from pyro_em.densities.pairs import products, unfolding, upper_pairs
 from pyro_em.densities.ridge import Ridge, WithRidge
 from pyro_em.errors import Handover
 from pyro_em.families.family import link_of
-from pyro_em.graph.binding import LINKS
+from pyro_em.graph.bindings.binding import LINKS
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.graph.given_rows import slice_of
-from pyro_em.updates.coefficients import FAR
-from pyro_em.updates.curved import Curved
-from pyro_em.updates.designs import designs_of
-from pyro_em.updates.newton import climb
-from pyro_em.updates.predictors import Predictor, predictors_of
+from pyro_em.graph.many_rows.given_rows import slice_of
+from pyro_em.updates.regressions.coefficients import FAR
+from pyro_em.updates.regressions.curved import Curved
+from pyro_em.updates.regressions.designs import designs_of
+from pyro_em.updates.regressions.newton import climb
+from pyro_em.updates.regressions.predictors import Predictor, predictors_of
 from pyro_em.updates.update import Newton, ParameterUpdate
 
 Values = Mapping[str, Tensor]

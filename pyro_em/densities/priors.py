@@ -20,7 +20,7 @@ from pyro_em.densities.natural import Naturals, State
 from pyro_em.distributions import bounds
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.priors import contributions
+from pyro_em.updates.closed_forms.priors import contributions
 from pyro_em.updates.update import ClosedForm, Fixed, ParameterUpdate
 
 Values = Mapping[str, Tensor]

@@ -34,11 +34,11 @@ from pyro_em.densities.ridge import Ridge, WithRidge
 from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
 from pyro_em.expanded import once_each
-from pyro_em.graph.binding import Binding, whole_parameter
+from pyro_em.graph.bindings.binding import Binding, whole_parameter
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.updates.designs import designs_of
-from pyro_em.updates.pseudo_inverse import pseudo_solve
-from pyro_em.updates.scatter import data_magnitude
+from pyro_em.updates.expectations.scatter import data_magnitude
+from pyro_em.updates.regressions.designs import designs_of
+from pyro_em.updates.regressions.pseudo_inverse import pseudo_solve
 from pyro_em.updates.update import ClosedForm, LeastSquares, ParameterUpdate
 
 Values = Mapping[str, Tensor]

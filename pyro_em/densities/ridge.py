@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.coefficient_priors import is_quadratic, normal_priors
-from pyro_em.updates.curved import Curved
+from pyro_em.updates.regressions.coefficient_priors import is_quadratic, normal_priors
+from pyro_em.updates.regressions.curved import Curved
 from pyro_em.updates.update import ParameterUpdate
 
 

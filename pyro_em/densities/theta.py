@@ -31,12 +31,12 @@ from pyro_em.densities.vector_regression import VectorLines
 from pyro_em.errors import DegenerateError, Finding, Handover, TooFar
 from pyro_em.families.family import Statistics, expected_log_density
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.updates.closed_form import Solver, solvers_of
-from pyro_em.updates.curves import CurveSolver
-from pyro_em.updates.least_squares import LineSolver
-from pyro_em.updates.newton_on_sums import AtEdge, Further, NewtonSolver
-from pyro_em.updates.predictors import Predictor, predictors_of
-from pyro_em.updates.statistics import NATURAL, Expectation, as_float64
+from pyro_em.updates.closed_forms.closed_form import Solver, solvers_of
+from pyro_em.updates.expectations.statistics import NATURAL, Expectation, as_float64
+from pyro_em.updates.regressions.curves import CurveSolver
+from pyro_em.updates.regressions.least_squares import LineSolver
+from pyro_em.updates.regressions.predictors import Predictor, predictors_of
+from pyro_em.updates.sums.newton_on_sums import AtEdge, Further, NewtonSolver
 from pyro_em.updates.update import LeastSquares, Newton, NewtonOnSums, ParameterUpdate
 
 Values = Mapping[str, Tensor]

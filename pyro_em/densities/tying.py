@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_em.graph.binding import Binding, Selection, normalised, whole_parameter
+from pyro_em.graph.bindings.binding import Binding, Selection, normalised, whole_parameter
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.statistics import as_float64
+from pyro_em.updates.expectations.statistics import as_float64
 from pyro_em.updates.update import ParameterUpdate
 
 

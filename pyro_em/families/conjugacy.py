@@ -21,7 +21,7 @@ unbounded at the boundary.
 
 A Normal prior on a mean whose scale is that of the data times a known factor (a Normal–inverse-gamma
 or a Normal–Wishart) adds to both: to the mean as above at the present spread, and to the spread as one
-more datum does (`pyro_em.updates.priors`).
+more datum does (`pyro_em.updates.closed_forms.priors`).
 
 Source: Gelman et al., "Bayesian Data Analysis" (3rd ed. 2013), sections 2.4, 2.6 and 3.2.
 """

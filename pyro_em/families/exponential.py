@@ -7,7 +7,8 @@
     VonMises      log p(x | μ, κ) = κ cos μ cos x + κ sin μ sin x − log(2π I₀(κ))
 
 Their statistics depend on the data alone, so that an M-step needs the sums of these and nothing else;
-its maximiser has no closed form: `pyro_em.updates.newton_on_sums` finds it for all arguments together.
+its maximiser has no closed form: `pyro_em.updates.sums.newton_on_sums` finds it for all arguments
+together.
 
 Source: Wainwright and Jordan (2008), section 3.
 """

@@ -3,7 +3,7 @@
     log p(Λ | ν, V) = ½ (ν − D − 1) log det Λ − ½ tr(V⁻¹ Λ) − ½ ν log det V − ½ ν D log 2 − log Γ_D(½ ν)
 
 Given ν the scale matrix is V = Σ w Λ / (ν Σ w). Degrees of freedom are found with the scale matrices at
-these maximisers (`pyro_em.updates.degrees`).
+these maximisers (`pyro_em.updates.closed_forms.degrees`).
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pyro_em.fitting.checkpoints import Checkpoint
-from pyro_em.fitting.joining import Joined
+from pyro_em.fitting.checkpoint.checkpoints import Checkpoint
 from pyro_em.fitting.origins import Origin
+from pyro_em.fitting.parts.joining import Joined
+from pyro_em.fitting.parts.shards import Shards
 from pyro_em.fitting.session import Session
-from pyro_em.fitting.shards import Shards
 from pyro_em.plan.fit_wishes import FitWishes
 
 

@@ -6,17 +6,17 @@ from dataclasses import replace
 
 from pyro_em.errors import UsageError, message
 from pyro_em.fitting.call import Call
-from pyro_em.fitting.chunked import chunked, chunks_in
-from pyro_em.fitting.guarded import Guarded
 from pyro_em.fitting.kept_fit import KeptFit
 from pyro_em.fitting.online_fit import fit_online
-from pyro_em.fitting.parted import Parted
-from pyro_em.fitting.progress import Bar
+from pyro_em.fitting.parts.chunked import chunked, chunks_in
 from pyro_em.fitting.report import build_result
-from pyro_em.fitting.restarts import run_starts
-from pyro_em.fitting.result import EMResult
-from pyro_em.fitting.run import Settings, best_of
-from pyro_em.fitting.search import Search
+from pyro_em.fitting.results.result import EMResult
+from pyro_em.fitting.steps.guarded import Guarded
+from pyro_em.fitting.steps.parted import Parted
+from pyro_em.fitting.steps.progress import Bar
+from pyro_em.fitting.steps.restarts import run_starts
+from pyro_em.fitting.steps.run import Settings, best_of
+from pyro_em.fitting.steps.search import Search
 from pyro_em.plan.fit_wishes import check_acceleration, refuse_stochastic_keywords
 from pyro_em.plan.program import Program
 from pyro_em.plan.unobserved import unobserved

@@ -10,18 +10,18 @@ from typing import Any
 import pyro
 
 from pyro_em.errors import ModelError
+from pyro_em.fitting.batches.online_sums import refuse_with_online
 from pyro_em.fitting.call import Call, Together
-from pyro_em.fitting.checkpoints import at_beginning, opened, origin_of_state
-from pyro_em.fitting.chunked import chunks_in, first_arguments
+from pyro_em.fitting.checkpoint.checkpoints import at_beginning, opened, origin_of_state
 from pyro_em.fitting.exact_fit import fit_exactly
-from pyro_em.fitting.history import EMStep
-from pyro_em.fitting.joining import Joined
-from pyro_em.fitting.online_sums import refuse_with_online
 from pyro_em.fitting.origins import with_origin
-from pyro_em.fitting.result import EMResult
+from pyro_em.fitting.parts.chunked import chunks_in, first_arguments
+from pyro_em.fitting.parts.joining import Joined
+from pyro_em.fitting.parts.within_budget import in_chunks, serve
+from pyro_em.fitting.results.history import EMStep
+from pyro_em.fitting.results.result import EMResult
 from pyro_em.fitting.session import Session
 from pyro_em.fitting.stochastic_fit import fit_stochastically
-from pyro_em.fitting.within_budget import in_chunks, serve
 from pyro_em.plan.fit_wishes import FIT_KEYWORDS, FitWishes
 from pyro_em.plan.program import Program
 from pyro_em.plan.wishes import check_collisions, check_loader

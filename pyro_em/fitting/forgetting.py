@@ -7,7 +7,7 @@ from typing import Any
 from pyro_em.errors import message, warn
 from pyro_em.plan.program import Program
 from pyro_em.tracing.dependences import contents_of
-from pyro_em.updates.decision import forgets
+from pyro_em.updates.decisions.decision import forgets
 from pyro_em.variational.bound import Variational
 
 

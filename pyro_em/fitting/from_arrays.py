@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
 from pyro_em.errors import DataError, Finding, PyroEMError, as_error
-from pyro_em.fitting.result import EMResult
+from pyro_em.fitting.results.result import EMResult
 from pyro_em.plan.plan import Plan
 from pyro_em.sources.given import Given, arguments_read, holds_arrays, reads_as_it_is
 from pyro_em.tracing.sites import signature_of

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pyro_em.fitting.checkpoints import Checkpoint, origin_state
-from pyro_em.fitting.fingerprints import Fingerprint
-from pyro_em.fitting.guarded import Guarded
-from pyro_em.fitting.keeper import ExactKeeper, doubts_of, search_of
+from pyro_em.fitting.checkpoint.checkpoints import Checkpoint, origin_state
+from pyro_em.fitting.checkpoint.fingerprints import Fingerprint
+from pyro_em.fitting.checkpoint.keeper import ExactKeeper, doubts_of, search_of
 from pyro_em.fitting.origins import Origin
-from pyro_em.fitting.search import Search
 from pyro_em.fitting.session import Session
+from pyro_em.fitting.steps.guarded import Guarded
+from pyro_em.fitting.steps.search import Search
 from pyro_em.plan.fit_wishes import FitWishes
 from pyro_em.plan.program import Program
 from pyro_em.tracing.encoding import decoded, encoded

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pyro_em.fitting import epochs
-from pyro_em.fitting.checkpoints import Checkpoint, origin_state
+from pyro_em.fitting.batches import epochs
+from pyro_em.fitting.batches.stochastic_keeper import StochasticKeeper, taken_up
+from pyro_em.fitting.batches.stochastic_run import StochasticRun
+from pyro_em.fitting.checkpoint.checkpoints import Checkpoint, origin_state
 from pyro_em.fitting.origins import Origin
 from pyro_em.fitting.places import Place
 from pyro_em.fitting.session import Session
-from pyro_em.fitting.stochastic_keeper import StochasticKeeper, taken_up
-from pyro_em.fitting.stochastic_run import StochasticRun
 from pyro_em.tracing.checkpoint import buffers_of
 from pyro_em.variational.batches import Batch
 from pyro_em.variational.trainer import Trainer

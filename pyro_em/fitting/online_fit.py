@@ -6,23 +6,23 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pyro_em.errors import UsageError, message
-from pyro_em.fitting.beginnings import Beginning, name_of_start
+from pyro_em.fitting.batches.online import OnlineRun, Standing, Watcher
+from pyro_em.fitting.batches.online_keeper import OnlineKeeper
+from pyro_em.fitting.batches.online_steps import steps_of
+from pyro_em.fitting.batches.online_sums import StepSize, checked_online, sums_of
 from pyro_em.fitting.call import Call
-from pyro_em.fitting.checkpoints import origin_state
-from pyro_em.fitting.chunked import chunks_in
-from pyro_em.fitting.guarded import Guarded
-from pyro_em.fitting.online import OnlineRun, Standing, Watcher
-from pyro_em.fitting.online_keeper import OnlineKeeper
-from pyro_em.fitting.online_steps import steps_of
-from pyro_em.fitting.online_sums import StepSize, checked_online, sums_of
+from pyro_em.fitting.checkpoint.checkpoints import origin_state
+from pyro_em.fitting.parts.chunked import chunks_in
 from pyro_em.fitting.places import order_is_drawn
 from pyro_em.fitting.preconditions import refuse_a_guide
-from pyro_em.fitting.progress import Bar
 from pyro_em.fitting.report import build_result
-from pyro_em.fitting.restarts import run_starts
-from pyro_em.fitting.result import EMResult
-from pyro_em.fitting.run import EMRun, Settings, best_of
-from pyro_em.fitting.search import Search
+from pyro_em.fitting.results.result import EMResult
+from pyro_em.fitting.steps.beginnings import Beginning, name_of_start
+from pyro_em.fitting.steps.guarded import Guarded
+from pyro_em.fitting.steps.progress import Bar
+from pyro_em.fitting.steps.restarts import run_starts
+from pyro_em.fitting.steps.run import EMRun, Settings, best_of
+from pyro_em.fitting.steps.search import Search
 from pyro_em.plan.program import Program
 from pyro_em.tracing.encoding import decoded, encoded
 from pyro_em.tracing.parameters import restore, snapshot, values_of

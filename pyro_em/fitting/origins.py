@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import message
-from pyro_em.fitting.beginnings import name_of_start
-from pyro_em.fitting.result import EMResult
+from pyro_em.fitting.results.result import EMResult
+from pyro_em.fitting.steps.beginnings import name_of_start
 from pyro_em.tracing.parameters import TracedParameter
 
 _STORED = "values in the param store"

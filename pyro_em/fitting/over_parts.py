@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import UsageError, message
-from pyro_em.fitting.criteria import elements_read
-from pyro_em.fitting.information import loadings_of
-from pyro_em.fitting.parted import Parted
-from pyro_em.fitting.standard_errors import (
+from pyro_em.fitting.results.criteria import elements_read
+from pyro_em.fitting.results.information import loadings_of
+from pyro_em.fitting.results.standard_errors import (
     Curved,
     Evidence,
     StandardErrors,
     standard_errors_over,
 )
+from pyro_em.fitting.steps.parted import Parted
 from pyro_em.plan.part import Part, Totals
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.conjugates.shared_conjugates import shared_blocks

@@ -2,8 +2,8 @@
 
     s ← (1 − γ_t) s + γ_t S_batch / n,    θ ← M(N s),    N the rows so far
 
-It is stepwise EM (Cappé and Moulines 2009) without an end; see `pyro_em.fitting.online`. What is kept
-between two calls is a dict of tensors and numbers, so that a file can hold it.
+It is stepwise EM (Cappé and Moulines 2009) without an end; see `pyro_em.fitting.batches.online`. What
+is kept between two calls is a dict of tensors and numbers, so that a file can hold it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from pyro_em.errors import DegenerateError, Handover, UsageError, message
-from pyro_em.fitting.online import NO_STEP
-from pyro_em.fitting.online_steps import Marks, OnTables, steps_of
-from pyro_em.fitting.online_sums import StepSize
+from pyro_em.fitting.batches.online import NO_STEP
+from pyro_em.fitting.batches.online_steps import Marks, OnTables, steps_of
+from pyro_em.fitting.batches.online_sums import StepSize
 from pyro_em.fitting.preconditions import refuse_a_guide
-from pyro_em.fitting.resuming import own_copy
 from pyro_em.fitting.session import Session
+from pyro_em.fitting.steps.resuming import own_copy
 from pyro_em.graph.all_data import AllData, Centre
 from pyro_em.plan.over_all import all_data_of, require_partable
 from pyro_em.plan.part import Part

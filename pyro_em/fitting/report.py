@@ -14,22 +14,8 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import DegenerateError, UsageError, message, warn
-from pyro_em.fitting.boundaries import boundary_notes, loadings_at_zero
-from pyro_em.fitting.criteria import (
-    count_free,
-    counted,
-    estimated_locally,
-    free_parameters,
-    local_estimates,
-    num_rows,
-)
-from pyro_em.fitting.ends import End
-from pyro_em.fitting.epochs import bound_of
-from pyro_em.fitting.guarded import Guarded
-from pyro_em.fitting.history import EMStatus, History, Params
-from pyro_em.fitting.identified import undetermined
-from pyro_em.fitting.information import StaticInformation, loadings_of
-from pyro_em.fitting.labels import forms_in, forms_of
+from pyro_em.fitting.batches.epochs import bound_of
+from pyro_em.fitting.batches.stochastic_run import StochasticRun
 from pyro_em.fitting.over_parts import (
     evidence_of,
     free_parameters_of,
@@ -37,13 +23,27 @@ from pyro_em.fitting.over_parts import (
     standard_errors_of_parts,
     without_information,
 )
-from pyro_em.fitting.parted import Parted
-from pyro_em.fitting.point import PartsPoint, SumsPoint
-from pyro_em.fitting.result import EMResult
-from pyro_em.fitting.run import EMRun, Settings
-from pyro_em.fitting.standard_errors import StandardErrors, standard_errors
-from pyro_em.fitting.stochastic_run import StochasticRun
-from pyro_em.fitting.stopping import rate_of_convergence
+from pyro_em.fitting.results.boundaries import boundary_notes, loadings_at_zero
+from pyro_em.fitting.results.criteria import (
+    count_free,
+    counted,
+    estimated_locally,
+    free_parameters,
+    local_estimates,
+    num_rows,
+)
+from pyro_em.fitting.results.ends import End
+from pyro_em.fitting.results.history import EMStatus, History, Params
+from pyro_em.fitting.results.identified import undetermined
+from pyro_em.fitting.results.information import StaticInformation, loadings_of
+from pyro_em.fitting.results.labels import forms_in, forms_of
+from pyro_em.fitting.results.result import EMResult
+from pyro_em.fitting.results.standard_errors import StandardErrors, standard_errors
+from pyro_em.fitting.steps.guarded import Guarded
+from pyro_em.fitting.steps.parted import Parted
+from pyro_em.fitting.steps.point import PartsPoint, SumsPoint
+from pyro_em.fitting.steps.run import EMRun, Settings
+from pyro_em.fitting.steps.stopping import rate_of_convergence
 from pyro_em.graph.factors import is_incomplete
 from pyro_em.plan.part import Part
 from pyro_em.plan.plan import Plan

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from pyro_em.errors import UsageError, message, warn
 from pyro_em.fitting.forgetting import LastData
-from pyro_em.fitting.history import EMStep
 from pyro_em.fitting.origins import FirstSeen, Origin
 from pyro_em.fitting.preconditions import (
     refuse_a_loader,
@@ -20,8 +19,9 @@ from pyro_em.fitting.preconditions import (
     refuse_unfittable,
     refuse_untrainable,
 )
-from pyro_em.graph.blame import given_arguments
-from pyro_em.graph.readable import refuse_without_numbers
+from pyro_em.fitting.results.history import EMStep
+from pyro_em.graph.failing.blame import given_arguments
+from pyro_em.graph.findings.readable import refuse_without_numbers
 from pyro_em.graph.structure import form_of
 from pyro_em.plan.planner import Planner
 from pyro_em.plan.program import Program

@@ -6,11 +6,11 @@ from collections.abc import Generator
 from typing import Any
 
 from pyro_em.errors import PyroEMError, UsageError, message
-from pyro_em.fitting import epochs
-from pyro_em.fitting.guarded import Guarded
-from pyro_em.fitting.history import EMStep
-from pyro_em.fitting.loop import endless_steps
+from pyro_em.fitting.batches import epochs
+from pyro_em.fitting.results.history import EMStep
 from pyro_em.fitting.session import Session
+from pyro_em.fitting.steps.guarded import Guarded
+from pyro_em.fitting.steps.loop import endless_steps
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.answers.posterior import Posterior
 from pyro_em.tracing.randomness import same_random_state

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pyro_em.fitting import epochs
+from pyro_em.fitting.batches import epochs
+from pyro_em.fitting.batches.stochastic_run import StochasticRun
 from pyro_em.fitting.call import Call
 from pyro_em.fitting.kept_training import KeptTraining
 from pyro_em.fitting.places import Place
 from pyro_em.fitting.preconditions import refuse_rows_of_a_guide
 from pyro_em.fitting.report import build_stochastic_result
-from pyro_em.fitting.result import EMResult
-from pyro_em.fitting.stochastic_run import StochasticRun
+from pyro_em.fitting.results.result import EMResult
 from pyro_em.plan.fit_wishes import refuse_exact_keywords
 from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.randomness import same_random_state

@@ -56,7 +56,7 @@ class AllData:
     Attributes:
         rows: Elements of the outermost plate.
         centres: By the first site of a group.
-        magnitudes: By parameter; see `pyro_em.updates.scatter.data_magnitude`.
+        magnitudes: By parameter; see `pyro_em.updates.expectations.scatter.data_magnitude`.
         read: By parameter which of its events any factor reads. # (events,)
         largest: The largest count of a site, by the first of a group.
         vectors: Of all rows, where they are alike and Gaussian latents are integrated; else None.

@@ -17,9 +17,9 @@ from enum import Enum
 
 import torch
 
-from pyro_em.graph.binding import Binding, Selection
+from pyro_em.graph.bindings.binding import Binding, Selection
+from pyro_em.graph.bindings.jacobian import Jacobian
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.graph.jacobian import Jacobian
 from pyro_em.tracing.sites import Role
 
 _NUMBER = "0123456789_"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_em.distributions import bounds
 from pyro_em.families.registry import REGISTRY
-from pyro_em.graph.binding import MAPS, Binding, ElementwiseMap, Selection, power_map
+from pyro_em.graph.bindings.binding import MAPS, Binding, ElementwiseMap, Selection, power_map
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
 

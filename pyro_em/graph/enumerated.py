@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from pyro_em.errors import Finding, ModelError, PyroEMError, as_error, message
-from pyro_em.graph.blame import given_tensors
-from pyro_em.graph.failures import needs_more_dimensions, on_failure, too_many_dimensions
-from pyro_em.graph.slices import Slices
+from pyro_em.graph.failing.blame import given_tensors
+from pyro_em.graph.failing.failures import needs_more_dimensions, on_failure, too_many_dimensions
+from pyro_em.graph.many_rows.slices import Slices
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.allocation import OutputTooLarge, is_shadow
 from pyro_em.tracing.loops import vectorizing

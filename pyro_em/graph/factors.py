@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_em.families.chunks import log_density
 from pyro_em.families.family import Family
 from pyro_em.graph.all_data import AllData
-from pyro_em.graph.binding import Binding
+from pyro_em.graph.bindings.binding import Binding
 from pyro_em.graph.later_arguments import LaterArguments
 from pyro_em.graph.stretches import Members, Repeated
 from pyro_em.graph.structure import Structure

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from pyro_em.graph.binding import Binding
+from pyro_em.graph.bindings.binding import Binding
 
 
 class LaterArguments(Mapping[str, Tensor]):

@@ -20,16 +20,16 @@ from pyro_em.families.registry import (
     given_arguments_of_all,
     spread_arguments,
 )
-from pyro_em.graph.autograd import bind, known_below, parameters_below
-from pyro_em.graph.binding import Binding
+from pyro_em.graph.bindings.autograd import bind, known_below, parameters_below
+from pyro_em.graph.bindings.binding import Binding
+from pyro_em.graph.bindings.signatures import Recurring, outline
+from pyro_em.graph.bindings.useful import useful_for
 from pyro_em.graph.compact import compact, compact_all, once_along_rows, recipe_for
 from pyro_em.graph.factors import Latent
 from pyro_em.graph.forms import FEW, equal_to_first
-from pyro_em.graph.signatures import Recurring, outline
 from pyro_em.graph.stacking import Batch, Factor, repeated
 from pyro_em.graph.structure import SiteInfo, Structure
 from pyro_em.graph.unrecorded import log_density_of_site
-from pyro_em.graph.useful import useful_for
 from pyro_em.tracing.feasible import without_masked_nonsense
 from pyro_em.tracing.sites import Role, frames_of, mask_tensor
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pyro_em.families.family import Family
-from pyro_em.graph.binding import Binding
-from pyro_em.graph.binding import joined as joined_bindings
+from pyro_em.graph.bindings.binding import Binding
+from pyro_em.graph.bindings.binding import joined as joined_bindings
 from pyro_em.graph.factors import Group
 from pyro_em.graph.structure import SiteInfo
 

@@ -12,23 +12,23 @@ from torch import Tensor
 
 from pyro_em.distributions import is_outside
 from pyro_em.errors import DegenerateError, Finding, ModelError, PyroEMError, raise_findings
-from pyro_em.graph.agreement import differing, disagreements, other_model
-from pyro_em.graph.by_rows import Sites, by_rows
+from pyro_em.graph.bindings.shared_distributions import SharedDistributions
+from pyro_em.graph.bindings.signatures import KeptSelections, Recurring
 from pyro_em.graph.compact import Stray
 from pyro_em.graph.diagonals import with_diagonals
 from pyro_em.graph.enumerated import more_than_torch_has, run_enumerated
 from pyro_em.graph.factors import FIXED_SIZE, FactorGraph, Latent
-from pyro_em.graph.failures import changing_sites
+from pyro_em.graph.failing.failures import changing_sites
+from pyro_em.graph.findings.agreement import differing, disagreements, other_model
+from pyro_em.graph.findings.side_effects import refuse_clearing
 from pyro_em.graph.forms import FEW, forms_of, in_forms
 from pyro_em.graph.layout import FactorLayout
-from pyro_em.graph.shared_distributions import SharedDistributions
-from pyro_em.graph.side_effects import refuse_clearing
-from pyro_em.graph.signatures import KeptSelections, Recurring
-from pyro_em.graph.slices import Slices
+from pyro_em.graph.many_rows.by_rows import Sites, by_rows
+from pyro_em.graph.many_rows.slices import Slices
 from pyro_em.graph.stacking import Batch, Factor, stacked
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.unrecorded import outside_support
-from pyro_em.graph.unrolled import unrolled_graph
+from pyro_em.graph.vectorised_loops.unrolled import unrolled_graph
 from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.loops import NotVectorized, vectorizing
 from pyro_em.tracing.missing import missing_of

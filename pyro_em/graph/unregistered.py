@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from pyro_em.errors import message
-from pyro_em.graph.blame import given_tensors, variables_of
+from pyro_em.graph.failing.blame import given_tensors, variables_of
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.runs import Run
 from pyro_em.tracing.sites import tensors_of, users

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from pyro_em.errors import ModelError
-from pyro_em.graph.given_rows import some_rows
+from pyro_em.graph.gaussian_lines.read_lines import differing_lines
+from pyro_em.graph.many_rows.given_rows import some_rows
+from pyro_em.graph.many_rows.slices import Slices
 from pyro_em.graph.prediction import disagreements
-from pyro_em.graph.read_lines import differing_lines
-from pyro_em.graph.slices import Slices
 from pyro_em.graph.trace import Resized
 from pyro_em.plan.evaluation import Disagreement
 from pyro_em.plan.program import Program

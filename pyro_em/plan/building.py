@@ -8,9 +8,9 @@ from dataclasses import replace
 from functools import partial
 
 from pyro_em.errors import ModelError, PyroEMError
+from pyro_em.graph.bindings.signatures import KeptSelections
 from pyro_em.graph.enumerated import check_arguments
-from pyro_em.graph.possible import are_possible
-from pyro_em.graph.signatures import KeptSelections
+from pyro_em.graph.findings.possible import are_possible
 from pyro_em.plan.continuous import with_continuous
 from pyro_em.plan.decisions import decided
 from pyro_em.plan.examined import examined, folded, without_sites

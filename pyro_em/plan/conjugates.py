@@ -10,13 +10,17 @@ from torch import Tensor
 
 from pyro_em.distributions import has_finite_support
 from pyro_em.families.conjugate_kernels import PriorKernel
-from pyro_em.graph.alike_rows import with_alike_once
-from pyro_em.graph.conjugate_model import ConjugateModel
-from pyro_em.graph.conjugate_reads import differing_reads, kernel_of_prior, read_conjugates
-from pyro_em.graph.conjugate_record import ConjugateRead, refused
-from pyro_em.graph.conjugates_by_rows import differing_by_rows, read_by_rows
+from pyro_em.graph.conjugate_children.conjugate_model import ConjugateModel
+from pyro_em.graph.conjugate_children.conjugate_reads import (
+    differing_reads,
+    kernel_of_prior,
+    read_conjugates,
+)
+from pyro_em.graph.conjugate_children.conjugate_record import ConjugateRead, refused
+from pyro_em.graph.conjugate_children.conjugates_by_rows import differing_by_rows, read_by_rows
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.graph.lines import Line
+from pyro_em.graph.gaussian_lines.lines import Line
+from pyro_em.graph.many_rows.alike_rows import with_alike_once
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.routes import Route, routes_of
 from pyro_em.posteriors.continuous.conjugate_components import conjugated

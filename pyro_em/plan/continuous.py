@@ -11,10 +11,10 @@ from dataclasses import replace
 
 from pyro_em.errors import UsageError, message
 from pyro_em.families.conjugate_kernels import PriorKernel
-from pyro_em.graph.conjugate_record import NotConjugate
+from pyro_em.graph.conjugate_children.conjugate_record import NotConjugate
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.lines import Line, NotLinear
-from pyro_em.graph.read_lines import parts_at, read_lines
+from pyro_em.graph.gaussian_lines.lines import Line, NotLinear
+from pyro_em.graph.gaussian_lines.read_lines import parts_at, read_lines
 from pyro_em.graph.stretches import LaterTuple
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.conjugates import Conjugates, at_units, conjugate_routes

@@ -23,8 +23,8 @@ from pyro_em.posteriors.enumeration import check_scales, contraction_of
 from pyro_em.tracing.dependences import Dependences
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import versions_of
-from pyro_em.updates.decision import decide_updates
-from pyro_em.updates.expansion import expansions_of
+from pyro_em.updates.decisions.decision import decide_updates
+from pyro_em.updates.regressions.expansion import expansions_of
 from pyro_em.updates.update import Fixed, Gradient, ParameterUpdate, Update
 
 

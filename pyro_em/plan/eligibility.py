@@ -17,9 +17,9 @@ from pyro_em.densities.priors import is_plain_prior
 from pyro_em.densities.tying import collapsed
 from pyro_em.errors import Finding
 from pyro_em.families.family import has_sums
+from pyro_em.graph.bindings.useful import may_be_affine
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.stretches import LaterTuple
-from pyro_em.graph.useful import may_be_affine
 from pyro_em.posteriors.arrangement import Arrangement, arranged
 from pyro_em.posteriors.block import Component, components_of
 from pyro_em.posteriors.chain_sums.state_steps import chain_sums
@@ -33,9 +33,9 @@ from pyro_em.posteriors.mixtures.mixture import Mixture
 from pyro_em.posteriors.mixtures.product_rows import ProductRows
 from pyro_em.posteriors.quick import QuickBlock, QuickSteps, SumsBlock
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.appearances import is_joint
-from pyro_em.updates.dispersed import dispersed_at
-from pyro_em.updates.predictors import predictor_binding
+from pyro_em.updates.decisions.appearances import is_joint
+from pyro_em.updates.regressions.dispersed import dispersed_at
+from pyro_em.updates.regressions.predictors import predictor_binding
 from pyro_em.updates.update import EXACT, Fixed, NewtonOnProfile, ParameterUpdate
 
 # To add a block, add its class here, the quicker ones first.

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from pyro_em.errors import DataError, Finding, ModelError, as_error, raise_findings
-from pyro_em.graph.conjugate_record import NotConjugate
-from pyro_em.graph.folded import Folded
-from pyro_em.graph.lines import NotLinear
+from pyro_em.graph.conjugate_children.conjugate_record import NotConjugate
+from pyro_em.graph.findings.folded import Folded
+from pyro_em.graph.gaussian_lines.lines import NotLinear
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.conjugates import at_units
 from pyro_em.plan.cost import budget_problems, contraction_from_structure

@@ -14,9 +14,9 @@ from dataclasses import replace
 import pyro
 import torch
 
-from pyro_em.graph.initial import forget_bad_starts, tell_of_starts
+from pyro_em.graph.findings.initial import forget_bad_starts, tell_of_starts
+from pyro_em.graph.findings.value_checks import parameter_problems
 from pyro_em.graph.structure import Structure
-from pyro_em.graph.value_checks import parameter_problems
 from pyro_em.plan.loops import needs_all_steps
 from pyro_em.plan.task import Task
 from pyro_em.tracing.allocation import NumbersNeeded

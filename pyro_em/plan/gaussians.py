@@ -11,7 +11,7 @@ import torch
 from pyro_em.distributions import has_finite_support
 from pyro_em.errors import Finding, as_error, remedy
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.lines import Line, NotLinear, is_gaussian, is_matrix_of_rows
+from pyro_em.graph.gaussian_lines.lines import Line, NotLinear, is_gaussian, is_matrix_of_rows
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.routes import Route, routes_of
 from pyro_em.plan.unrouted import Unrouted, without_route

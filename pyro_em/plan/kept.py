@@ -43,10 +43,10 @@ from typing import Any
 import torch
 
 from pyro_em.errors import PyroEMError
-from pyro_em.graph.conjugate_record import NotConjugate
-from pyro_em.graph.initial import tell_of_starts
-from pyro_em.graph.lines import NotLinear
-from pyro_em.graph.readable import refuse_inference_mode
+from pyro_em.graph.conjugate_children.conjugate_record import NotConjugate
+from pyro_em.graph.findings.initial import tell_of_starts
+from pyro_em.graph.findings.readable import refuse_inference_mode
+from pyro_em.graph.gaussian_lines.lines import NotLinear
 from pyro_em.graph.structure import form_of
 from pyro_em.plan.first_values import (
     NotBegun,

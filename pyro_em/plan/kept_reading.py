@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pyro_em.families.conjugate_kernels import PriorKernel
+from pyro_em.graph.bindings.signatures import KeptSelections
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.kept_lines import may_be_kept
-from pyro_em.graph.lines import Line
-from pyro_em.graph.possible import finds_all
-from pyro_em.graph.signatures import KeptSelections
+from pyro_em.graph.findings.possible import finds_all
+from pyro_em.graph.gaussian_lines.kept_lines import may_be_kept
+from pyro_em.graph.gaussian_lines.lines import Line
 from pyro_em.graph.stacking import form_of_binding
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.program import Program

@@ -2,7 +2,7 @@
 
 Where every argument selects its elements from parameters, what is decided follows from which elements
 those are, from the families and from the constraints. The selections of a model are kept from run to
-run (`pyro_em.graph.signatures.KeptSelections`), and remember what was decided of them.
+run (`pyro_em.graph.bindings.signatures.KeptSelections`), and remember what was decided of them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pyro_em.graph.binding import Selection
+from pyro_em.graph.bindings.binding import Selection
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.update import Gradient, ParameterUpdate, Update

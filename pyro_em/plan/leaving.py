@@ -24,13 +24,13 @@ from pyro_em.distributions import unwrap
 from pyro_em.errors import Finding, PyroEMError, UsageError, message
 from pyro_em.families.conjugate_kernels import PriorKernel
 from pyro_em.globs import is_match
-from pyro_em.graph.conjugate_model import ConjugateModel
-from pyro_em.graph.conjugate_reads import kernel_of_prior, read_conjugates
-from pyro_em.graph.conjugate_record import NotConjugate
-from pyro_em.graph.culprits import culprits
+from pyro_em.graph.conjugate_children.conjugate_model import ConjugateModel
+from pyro_em.graph.conjugate_children.conjugate_reads import kernel_of_prior, read_conjugates
+from pyro_em.graph.conjugate_children.conjugate_record import NotConjugate
 from pyro_em.graph.enumerated import run_enumerated
-from pyro_em.graph.lines import Line, NotLinear, is_gaussian
-from pyro_em.graph.read_lines import parts_at, random_values, read_lines
+from pyro_em.graph.gaussian_lines.culprits import culprits
+from pyro_em.graph.gaussian_lines.lines import Line, NotLinear, is_gaussian
+from pyro_em.graph.gaussian_lines.read_lines import parts_at, random_values, read_lines
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.trace import trace_graph
 from pyro_em.plan.gaussians import why_not_integrable

@@ -13,11 +13,11 @@ from torch import Tensor
 from pyro_em.distributions import has_finite_support
 from pyro_em.errors import Finding, PyroEMError, message
 from pyro_em.graph.coupling import Sites
-from pyro_em.graph.examination import examine
-from pyro_em.graph.lines import is_gaussian
-from pyro_em.graph.series import require_loops, with_template
-from pyro_em.graph.stepwise import unrolling_of
+from pyro_em.graph.findings.examination import examine
+from pyro_em.graph.gaussian_lines.lines import is_gaussian
 from pyro_em.graph.structure import Structure
+from pyro_em.graph.vectorised_loops.series import require_loops, with_template
+from pyro_em.graph.vectorised_loops.stepwise import unrolling_of
 from pyro_em.tracing.loops import ALIGNED, EVENTS, PLAIN, NotVectorized, Series, vectorizing
 from pyro_em.tracing.randomness import random_state, set_random_state
 from pyro_em.tracing.runs import Model, held_run
@@ -35,7 +35,7 @@ def examine_with_loops(
     stepwise: bool = False,
     **how: Any,
 ) -> tuple[Structure, list[Finding]]:
-    """As `pyro_em.graph.examination.examine`, with vectorised loops over index tensors.
+    """As `pyro_em.graph.findings.examination.examine`, with vectorised loops over index tensors.
 
     Where a body cannot be run so, or does something else then, its loop is read step by step, and a
     note says why. What is wrong with a model is said of the loop, by the names of its sites.
@@ -143,7 +143,7 @@ def examined_in_loops(
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         bare: The skeleton of the user's model, which draws these latents.
-        **how: As `pyro_em.graph.examination.examine`.
+        **how: As `pyro_em.graph.findings.examination.examine`.
     """
     with vectorizing(Series(bare.series.way)):
         template, problems = examine(given, args, kwargs, **how)

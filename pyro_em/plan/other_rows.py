@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.graph.kept_lines import without_data
+from pyro_em.graph.gaussian_lines.kept_lines import without_data
 from pyro_em.graph.structure import form_of
 from pyro_em.plan.eligibility import Kernel
 from pyro_em.plan.program import Program, later_kernel

@@ -24,7 +24,7 @@ from pyro_em.posteriors.continuous.gaussian_steps import for_updates
 from pyro_em.reduction.reduction import Reduction
 from pyro_em.tracing.checkpoint import checksum
 from pyro_em.tracing.sites import INTEGRATED, Role
-from pyro_em.updates.scatter import data_magnitude, used_events
+from pyro_em.updates.expectations.scatter import data_magnitude, used_events
 from pyro_em.updates.update import ClosedForm, ParameterUpdate
 
 
@@ -50,7 +50,7 @@ class _Bounds:
     Attributes:
         high: The largest of each feature, by site. # (D,)
         low: The smallest with the other sign. # (D,)
-        magnitudes: By parameter; see `pyro_em.updates.scatter.data_magnitude`.
+        magnitudes: By parameter; see `pyro_em.updates.expectations.scatter.data_magnitude`.
         largest: Counts, by site.
     """
 

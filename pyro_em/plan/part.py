@@ -30,9 +30,9 @@ from pyro_em.posteriors.conjugates.shared_conjugates import OutsideRows, shared_
 from pyro_em.posteriors.exact import log_evidence_of
 from pyro_em.tracing.parameters import parameters_at, values_of
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.data_sums import DataSums
+from pyro_em.updates.expectations.statistics import Expectation, dot
 from pyro_em.updates.m_step import MStepState
-from pyro_em.updates.statistics import Expectation, dot
+from pyro_em.updates.sums.data_sums import DataSums
 
 Unconstrained = Mapping[str, Tensor]
 

@@ -15,11 +15,11 @@ from pyro_em.errors import (
     as_error,
     raise_findings,
 )
-from pyro_em.graph.conjugate_reads import kernel_of_prior
-from pyro_em.graph.examination import examine
+from pyro_em.graph.conjugate_children.conjugate_reads import kernel_of_prior
+from pyro_em.graph.findings.examination import examine
+from pyro_em.graph.findings.value_checks import parameter_problems
 from pyro_em.graph.mixtures import mixtures_in, with_components
 from pyro_em.graph.structure import Structure
-from pyro_em.graph.value_checks import parameter_problems
 from pyro_em.plan.building import build_program
 from pyro_em.plan.cost import contraction_from_structure
 from pyro_em.plan.gaussians import is_integrable

@@ -6,7 +6,7 @@ moved parameters and another random state confirms it, arguments flow from the p
 bindings (`Program.compiled`), and the model is not run again except to verify.
 
 A program is a value: who comes to know more of a model (its data have changed, its bindings are wrong)
-makes another one, and `pyro_em.fitting.guarded` is where that of a fit is replaced.
+makes another one, and `pyro_em.fitting.steps.guarded` is where that of a fit is replaced.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import Finding, UsageError, warn
+from pyro_em.graph.bindings.signatures import KeptSelections
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.lines import Line
+from pyro_em.graph.gaussian_lines.lines import Line
+from pyro_em.graph.gaussian_lines.read_lines import other_values, parts_at
 from pyro_em.graph.mixtures import has_components
-from pyro_em.graph.read_lines import other_values, parts_at
-from pyro_em.graph.signatures import KeptSelections
 from pyro_em.graph.stretches import LaterTuple
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.trace import Resized, trace_graph
@@ -68,8 +68,8 @@ from pyro_em.tracing.given import GivenGaussians, without_values
 from pyro_em.tracing.parameters import values_of, versions_of
 from pyro_em.tracing.runs import Model, Run
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.data_sums import DataSums, Evaluate
 from pyro_em.updates.m_step import MStepReport, MStepState, m_step_over
+from pyro_em.updates.sums.data_sums import DataSums, Evaluate
 from pyro_em.updates.update import Gradient, ParameterUpdate, at_other_rows
 
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import TypeVar
 
 from pyro_em.distributions import is_finite
-from pyro_em.graph.kept_lines import lines_again
-from pyro_em.graph.lines import Line
-from pyro_em.graph.possible import are_possible
+from pyro_em.graph.findings.possible import are_possible
+from pyro_em.graph.gaussian_lines.kept_lines import lines_again
+from pyro_em.graph.gaussian_lines.lines import Line
+from pyro_em.graph.gaussian_lines.read_lines import differing_lines
 from pyro_em.graph.prediction import disagreements
-from pyro_em.graph.read_lines import differing_lines
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.building import rebuildable
 from pyro_em.plan.conjugates import Conjugates

@@ -14,7 +14,7 @@ from pyro_em.plan.routes import matching, unknown_strategies
 from pyro_em.plan.wishes import matched
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.strategies import EStepStrategy
-from pyro_em.updates.optimizers import Optimizer, StepsPyroOptim
+from pyro_em.updates.gradients.optimizers import Optimizer, StepsPyroOptim
 from pyro_em.updates.update import Gradient, Update
 
 Strategy = str | EStepStrategy

@@ -1,7 +1,7 @@
 """Sums of a part's rows through tables of all cells, and the M-step on sums that were kept.
 
 They serve every model whose M-step needs no more than sums of one size, whatever its latents are;
-`pyro_em.updates.summable` says which these are.
+`pyro_em.updates.sums.summable` says which these are.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pyro_em.posteriors.continuous.gaussian_steps import for_updates
 from pyro_em.reduction.reduction import Whole
 from pyro_em.tracing.missing import has_missing
 from pyro_em.tracing.parameters import values_of
-from pyro_em.updates.data_sums import DataSums
-from pyro_em.updates.differing import Differing, differing_arguments, marks_of
+from pyro_em.updates.expectations.statistics import dot
 from pyro_em.updates.m_step import MStepState, m_step_over
-from pyro_em.updates.model_sums import ModelSums
-from pyro_em.updates.statistics import dot
-from pyro_em.updates.summable import Summable
+from pyro_em.updates.sums.data_sums import DataSums
+from pyro_em.updates.sums.differing import Differing, differing_arguments, marks_of
+from pyro_em.updates.sums.model_sums import ModelSums
+from pyro_em.updates.sums.summable import Summable
 
 
 @dataclass(frozen=True, eq=False)

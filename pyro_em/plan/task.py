@@ -9,8 +9,8 @@ from typing import Any
 
 import pyro
 
+from pyro_em.graph.bindings.signatures import KeptSelections
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.signatures import KeptSelections
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.trace import trace_graph
 from pyro_em.plan.routes import Route

@@ -11,8 +11,8 @@ from torch import Tensor
 from pyro_em.distributions import has_finite_support
 from pyro_em.errors import Finding, UsageError, message
 from pyro_em.globs import listed
-from pyro_em.graph.examination import examine
-from pyro_em.graph.lines import GAUSSIAN, NotLinear, is_gaussian
+from pyro_em.graph.findings.examination import examine
+from pyro_em.graph.gaussian_lines.lines import GAUSSIAN, NotLinear, is_gaussian
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.continuous import integrating
 from pyro_em.plan.gaussians import is_integrable

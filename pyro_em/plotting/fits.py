@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pyro_em.fitting.history import History
-from pyro_em.fitting.result import EMResult
+from pyro_em.fitting.results.history import History
+from pyro_em.fitting.results.result import EMResult
 from pyro_em.plotting.axes import PALETTE, or_new
 
 if TYPE_CHECKING:

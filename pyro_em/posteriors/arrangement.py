@@ -21,7 +21,7 @@ from pyro_em.posteriors.block import Component, components_of
 from pyro_em.posteriors.contracted import Contraction
 from pyro_em.posteriors.quick import Outline, QuickBlock
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.statistics import Expectation, Key, Statistics
+from pyro_em.updates.expectations.statistics import Expectation, Key, Statistics
 from pyro_em.updates.update import ParameterUpdate
 
 Kinds = Sequence[type[QuickBlock]]

@@ -12,7 +12,7 @@ from pyro_em.errors import Handover
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.tracing.encoding import DERIVED
 from pyro_em.tracing.parameters import write_unconstrained
-from pyro_em.updates.statistics import Expectation
+from pyro_em.updates.expectations.statistics import Expectation
 
 Values = Mapping[str, Tensor]
 E = TypeVar("E", bound=Expectation)

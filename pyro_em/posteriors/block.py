@@ -20,8 +20,8 @@ from torch import Tensor
 
 from pyro_em.errors import Finding
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.latent_series import chain_form
-from pyro_em.updates.statistics import Expectation
+from pyro_em.graph.vectorised_loops.latent_series import chain_form
+from pyro_em.updates.expectations.statistics import Expectation
 from pyro_em.updates.update import ParameterUpdate
 
 Values = Mapping[str, Tensor]

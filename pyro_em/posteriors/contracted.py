@@ -24,7 +24,7 @@ from pyro_em.posteriors.contraction import contract
 from pyro_em.posteriors.elimination import ContractionPlan, plan_contraction
 from pyro_em.posteriors.enumeration import scales_of
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.statistics import Expectation, Key, group_sums
+from pyro_em.updates.expectations.statistics import Expectation, Key, group_sums
 
 Places = tuple[tuple[int, int], ...]
 

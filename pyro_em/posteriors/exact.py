@@ -16,7 +16,7 @@ from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.enumeration import EStep, Tables, e_step, forward, run_contraction
 from pyro_em.posteriors.messages.steps import step_cells
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.statistics import dot, expected_log_joint
+from pyro_em.updates.expectations.statistics import dot, expected_log_joint
 
 _SUSPECT = 1e9  # nats: an E-step looks more closely at a log density above it
 

@@ -24,7 +24,7 @@ from pyro_em.posteriors.arrangement import Arrangement, Kinds, PlacedBlock, arra
 from pyro_em.posteriors.block import Component, Values
 from pyro_em.posteriors.contracted import Contraction, onto
 from pyro_em.posteriors.quick import QuickBlock, SumsBlock
-from pyro_em.updates.statistics import Expectation
+from pyro_em.updates.expectations.statistics import Expectation
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from pyro_em.errors import Finding
 from pyro_em.graph.factors import FactorGraph, Latent
 from pyro_em.posteriors.block import Component, Values
 from pyro_em.posteriors.contracted import Contraction
-from pyro_em.updates.statistics import Expectation
+from pyro_em.updates.expectations.statistics import Expectation
 
 B = TypeVar("B", covariant=True)
 

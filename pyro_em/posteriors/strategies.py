@@ -27,7 +27,7 @@ from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.enumeration import Tables, e_step, largest_cells
 from pyro_em.posteriors.exact import exact_posterior, wrapped
 from pyro_em.posteriors.sampling import draw_cells
-from pyro_em.updates.statistics import expected_log_joint
+from pyro_em.updates.expectations.statistics import expected_log_joint
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from pyro_em.arguments import a_level, seed_of, truth, whole
 from pyro_em.errors import PyroEMError, UsageError, message
-from pyro_em.fitting.chunked import chunks_in
-from pyro_em.fitting.labels import Labels, labels_of, unknown_axes
-from pyro_em.fitting.summary import as_frame, elements
-from pyro_em.fitting.table import Table
+from pyro_em.fitting.parts.chunked import chunks_in
+from pyro_em.fitting.results.labels import Labels, labels_of, unknown_axes
+from pyro_em.fitting.results.summary import as_frame, elements
+from pyro_em.fitting.results.table import Table
 from pyro_em.globs import listed
 from pyro_em.portable import Portable
 from pyro_em.resampling.matching import components_in, matched
@@ -33,7 +33,7 @@ from pyro_em.tracing.randomness import seeds_from
 from pyro_em.variational.batches import is_loader
 
 if TYPE_CHECKING:
-    from pyro_em.fitting.result import EMResult
+    from pyro_em.fitting.results.result import EMResult
 
 _COLUMNS = ("estimate", "standard_error", "lower", "upper")
 _SHOWN = 64  # elements of a parameter that are printed

@@ -16,8 +16,8 @@ from pyro_em.analysis.generate import Source, points_of
 from pyro_em.analysis.rows import rows_of, run
 from pyro_em.errors import PyroEMError, PyroEMWarning, UsageError, message
 from pyro_em.fitting.fit import fit
-from pyro_em.fitting.history import EMStatus
-from pyro_em.fitting.result import EMResult
+from pyro_em.fitting.results.history import EMStatus
+from pyro_em.fitting.results.result import EMResult
 from pyro_em.fitting.session import Session
 from pyro_em.plan.fit_wishes import FitWishes
 from pyro_em.plan.planner import Planner

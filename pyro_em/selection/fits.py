@@ -15,7 +15,7 @@ from pyro_em.analysis.rows import Rows, rows_of, run
 from pyro_em.arguments import whole
 from pyro_em.em import ExactPosteriorEM
 from pyro_em.errors import PyroEMError, PyroEMWarning, UsageError, message
-from pyro_em.fitting.result import EMResult
+from pyro_em.fitting.results.result import EMResult
 from pyro_em.plan.program import Program
 from pyro_em.portable import Refused, StaysHere
 from pyro_em.resampling.refits import BROKEN, EMPTY

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_em.arguments import seed_of, whole
 from pyro_em.errors import PyroEMError, UsageError, message
-from pyro_em.fitting.result import EMResult
+from pyro_em.fitting.results.result import EMResult
 from pyro_em.resampling.refits import Again
 from pyro_em.resampling.tasks import run_all
 from pyro_em.tracing.randomness import seeds_from

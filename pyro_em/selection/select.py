@@ -7,8 +7,8 @@ from typing import Any
 
 from pyro_em.arguments import by_name, seed_of
 from pyro_em.errors import UsageError, message
-from pyro_em.fitting.chunked import chunks_in
 from pyro_em.fitting.from_arrays import read_for
+from pyro_em.fitting.parts.chunked import chunks_in
 from pyro_em.plan.fit_wishes import FIT_KEYWORDS, fit_wishes
 from pyro_em.resampling.tasks import run_all
 from pyro_em.selection.candidates import Grid, Key

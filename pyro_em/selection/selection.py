@@ -11,10 +11,10 @@ from pyro_em import html, plotting
 from pyro_em.arguments import whole
 from pyro_em.em import ExactPosteriorEM
 from pyro_em.errors import UnknownNameError, UsageError, message
-from pyro_em.fitting.ends import ends_in_words
-from pyro_em.fitting.result import EMResult
-from pyro_em.fitting.summary import as_frame
-from pyro_em.fitting.table import Table
+from pyro_em.fitting.results.ends import ends_in_words
+from pyro_em.fitting.results.result import EMResult
+from pyro_em.fitting.results.summary import as_frame
+from pyro_em.fitting.results.table import Table
 from pyro_em.globs import listed
 from pyro_em.plan.fit_wishes import fit_wishes
 from pyro_em.portable import Absent, Portable

@@ -24,8 +24,8 @@ from torch import Tensor
 from pyro_em.analysis.generate import Generated
 from pyro_em.em import ExactPosteriorEM
 from pyro_em.errors import UsageError, message
-from pyro_em.fitting.history import EMStatus
-from pyro_em.fitting.result import EMResult
+from pyro_em.fitting.results.history import EMStatus
+from pyro_em.fitting.results.result import EMResult
 from pyro_em.sklearn.inputs import as_rows
 from pyro_em.sklearn.kept_store import AsFitted, in_store, kept_store
 

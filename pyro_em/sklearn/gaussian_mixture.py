@@ -18,7 +18,7 @@ from torch.distributions import constraints
 from pyro_em.arguments import whole
 from pyro_em.em import ExactPosteriorEM
 from pyro_em.errors import DataError, message
-from pyro_em.fitting.result import EMResult
+from pyro_em.fitting.results.result import EMResult
 from pyro_em.sklearn.gaussians import (
     check_kind,
     check_least,

@@ -20,7 +20,7 @@ from torch.distributions import constraints
 from pyro_em.arguments import shown, whole
 from pyro_em.em import ExactPosteriorEM
 from pyro_em.errors import DataError, UsageError, message
-from pyro_em.fitting.result import EMResult
+from pyro_em.fitting.results.result import EMResult
 from pyro_em.sklearn.chains import best_paths, one_step_ahead, smoothed
 from pyro_em.sklearn.emissions import EMISSIONS, Emission
 from pyro_em.sklearn.estimator import EMEstimator

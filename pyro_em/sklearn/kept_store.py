@@ -13,7 +13,7 @@ import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 
-from pyro_em.fitting.result import EMResult
+from pyro_em.fitting.results.result import EMResult
 from pyro_em.portable import Refused
 from pyro_em.tracing.randomness import same_random_state, seed_generators
 

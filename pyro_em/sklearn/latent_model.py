@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_em.arguments import whole
 from pyro_em.em import ExactPosteriorEM
 from pyro_em.errors import UsageError, message
-from pyro_em.fitting.result import EMResult
+from pyro_em.fitting.results.result import EMResult
 from pyro_em.sklearn.estimator import EMEstimator
 from pyro_em.sklearn.inputs import as_dict
 from pyro_em.sklearn.latents import Latents

@@ -25,7 +25,7 @@ from pyro_em.posteriors.block import Block, Component
 from pyro_em.posteriors.quick import SumsBlock
 from pyro_em.tracing.parameters import parameters_at, values_of
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.statistics import Expectation, group_statistics
+from pyro_em.updates.expectations.statistics import Expectation, group_statistics
 
 _LIMIT = 20_000
 

@@ -21,7 +21,7 @@ from pyro_em.em import ExactPosteriorEM
 from pyro_em.plan.program import Program
 from pyro_em.tracing.parameters import restore, snapshot
 from pyro_em.tracing.turns import alone
-from pyro_em.updates.statistics import expected_log_joint
+from pyro_em.updates.expectations.statistics import expected_log_joint
 from pyro_em.updates.update import ClosedForm
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,11 +30,11 @@ _PLAIN = (bool, int, float, str, bytes, type(None))
 _OWN = "pyro_em."
 
 
-# Where records are now that files of earlier versions name by another module.
-_MOVED: Mapping[str, str] = {
-    "pyro_em.updates.running_sums": "pyro_em.updates.model_sums",
-    "pyro_em.posteriors.continuous.collapsed": "pyro_em.posteriors.at_values",
-    "pyro_em.posteriors.continuous.conjugate_rows": "pyro_em.posteriors.at_values",
+# Records that went to another file of their wing, by the wing and the file that earlier versions name.
+_MOVED: Mapping[tuple[str, str], str] = {
+    ("updates", "running_sums"): "model_sums",
+    ("posteriors", "collapsed"): "at_values",
+    ("posteriors", "conjugate_rows"): "at_values",
 }
 
 
@@ -135,9 +135,23 @@ def _encoded_record(value: Any) -> dict[str, Any]:
 def _decoded_record(state: Mapping[str, Any]) -> Any:
     module, _, name = str(state[_RECORD]).partition(":")
     # Never imported for a file: what a fit computes with is there before it is read.
-    places = [module, _MOVED.get(module, module)] if module.startswith(_OWN) else []
-    found = (getattr(sys.modules.get(place), name, None) for place in places)
+    found = (getattr(sys.modules.get(place), name, None) for place in _places(module))
     cls: Any = next((c for c in found if c is not None), None)
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise NotPlain(f"a record of {state[_RECORD]}, which this version does not have")
     return cls(**{k: decoded(v) for k, v in state["fields"].items()})
+
+
+def _places(module: str) -> Iterator[str]:
+    """The modules in which a record may be that a file says was in this one.
+
+    Modules keep their wing and their name; the folder of the wing in which they stand may change.
+    """
+    if not module.startswith(_OWN):
+        return
+    yield module
+    wing, _, inside = module.removeprefix(_OWN).partition(".")
+    name = inside.rpartition(".")[2]
+    for now in (name, _MOVED.get((wing, name), name)):
+        begins, ends = f"{_OWN}{wing}.", f".{now}"
+        yield from (m for m in list(sys.modules) if m.startswith(begins) and m.endswith(ends))

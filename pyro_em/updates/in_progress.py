@@ -16,19 +16,19 @@ from pyro_em.errors import DegenerateError, message, warn
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.reduction.reduction import Reduction
 from pyro_em.tracing.parameters import values_of, write_unconstrained
-from pyro_em.updates.closed_form import Blend, solver_of
-from pyro_em.updates.coefficients import coefficients, separated
-from pyro_em.updates.curved import Curved
-from pyro_em.updates.data_sums import DataSums, Expanded, Move, Shifted, Written
-from pyro_em.updates.decision import groups_reached
-from pyro_em.updates.degrees import DegreesSolver
-from pyro_em.updates.ends import end_at
-from pyro_em.updates.expansion import Expansion
-from pyro_em.updates.least_squares import solved
-from pyro_em.updates.met_ends import ends_at, pair_at
-from pyro_em.updates.newton_on_sums import AtEdge, Further, NewtonSolver
-from pyro_em.updates.noiseless import noiseless_in_words
-from pyro_em.updates.shift import Shift, gain_of, shifts_of, split
+from pyro_em.updates.closed_forms.closed_form import Blend, solver_of
+from pyro_em.updates.closed_forms.degrees import DegreesSolver
+from pyro_em.updates.closed_forms.ends import end_at
+from pyro_em.updates.closed_forms.met_ends import ends_at, pair_at
+from pyro_em.updates.decisions.decision import groups_reached
+from pyro_em.updates.expectations.noiseless import noiseless_in_words
+from pyro_em.updates.regressions.coefficients import coefficients, separated
+from pyro_em.updates.regressions.curved import Curved
+from pyro_em.updates.regressions.expansion import Expansion
+from pyro_em.updates.regressions.least_squares import solved
+from pyro_em.updates.regressions.shift import Shift, gain_of, shifts_of, split
+from pyro_em.updates.sums.data_sums import DataSums, Expanded, Move, Shifted, Written
+from pyro_em.updates.sums.newton_on_sums import AtEdge, Further, NewtonSolver
 from pyro_em.updates.update import ParameterUpdate
 
 T = TypeVar("T")

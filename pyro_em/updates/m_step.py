@@ -23,14 +23,14 @@ from pyro_em.tracing.parameters import (
     values_of,
     write_unconstrained,
 )
-from pyro_em.updates.closed_form import Blend, apply_floor, floor_of
-from pyro_em.updates.data_sums import DataSums, Derivatives, Evaluate
-from pyro_em.updates.decision import groups_reached
-from pyro_em.updates.expansion import Expansion, FlatSpread, expansions_of
-from pyro_em.updates.gradient import maximise
+from pyro_em.updates.closed_forms.closed_form import Blend, apply_floor, floor_of
+from pyro_em.updates.decisions.decision import groups_reached
+from pyro_em.updates.gradients.gradient import maximise
+from pyro_em.updates.gradients.replays import Replays
 from pyro_em.updates.in_progress import MStepInProgress, require_finite
-from pyro_em.updates.parted_objective import parted
-from pyro_em.updates.replays import Replays
+from pyro_em.updates.regressions.expansion import Expansion, FlatSpread, expansions_of
+from pyro_em.updates.sums.data_sums import DataSums, Derivatives, Evaluate
+from pyro_em.updates.sums.parted_objective import parted
 from pyro_em.updates.unbounded import unbounded_in_words
 from pyro_em.updates.update import (
     EXACT,

@@ -9,7 +9,7 @@ import numpy as np
 
 from pyro_em.errors import message
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.updates.decision import groups_reached
+from pyro_em.updates.decisions.decision import groups_reached
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pyro_em.arguments import number, shown, whole
 from pyro_em.errors import UsageError, message
 from pyro_em.families.family import CHOLESKY, IDENTITY, PRECISION, Rule
 from pyro_em.families.forms import Kind
-from pyro_em.graph.binding import Selection
+from pyro_em.graph.bindings.binding import Selection
 from pyro_em.graph.factors import FactorGraph
 
 

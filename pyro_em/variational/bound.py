@@ -30,7 +30,7 @@ from torch import Tensor
 
 from pyro_em.errors import DegenerateError, message, sites_in_words
 from pyro_em.globs import listed
-from pyro_em.graph.autograd import leaves_below
+from pyro_em.graph.bindings.autograd import leaves_below
 from pyro_em.graph.structure import Structure, form_of
 from pyro_em.graph.trace import trace_graph
 from pyro_em.graph.unregistered import unregistered_notes

@@ -22,9 +22,9 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_em.graph.conjugate_record import NotConjugate
+from pyro_em.graph.conjugate_children.conjugate_record import NotConjugate
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.graph.lines import NotLinear
+from pyro_em.graph.gaussian_lines.lines import NotLinear
 from pyro_em.graph.trace import trace_graph
 from pyro_em.posteriors.answers.posterior import Posterior
 from pyro_em.posteriors.continuous.gaussian_components import NotSeparate

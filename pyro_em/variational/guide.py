@@ -20,10 +20,10 @@ from pyro.poutine.guide import GuideMessenger
 
 from pyro_em.distributions import unwrap
 from pyro_em.errors import ModelError, PyroEMError, UsageError, message, raise_findings
-from pyro_em.graph.autograd import leaves_below
-from pyro_em.graph.held_latents import coupled_latents
-from pyro_em.graph.initial import tell_of_starts
-from pyro_em.graph.side_effects import Watched, refuse_clearing, writing_problems
+from pyro_em.graph.bindings.autograd import leaves_below
+from pyro_em.graph.findings.held_latents import coupled_latents
+from pyro_em.graph.findings.initial import tell_of_starts
+from pyro_em.graph.findings.side_effects import Watched, refuse_clearing, writing_problems
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.unregistered import Unregistered, unregistered
 from pyro_em.tracing.parameters import TracedParameter, rename

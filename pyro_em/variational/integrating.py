@@ -22,14 +22,14 @@ from torch.distributions import transform_to
 
 from pyro_em.errors import ModelError, UsageError, message
 from pyro_em.families.conjugate_kernels import PriorKernel
-from pyro_em.graph.conjugate_model import ConjugateModel
-from pyro_em.graph.conjugate_reads import read_conjugates
-from pyro_em.graph.conjugate_record import ConjugateRead, NotConjugate
-from pyro_em.graph.drawn_lines import DrawnLines, drawn_lines
+from pyro_em.graph.bindings.sparse_lines import random_like
+from pyro_em.graph.conjugate_children.conjugate_model import ConjugateModel
+from pyro_em.graph.conjugate_children.conjugate_reads import read_conjugates
+from pyro_em.graph.conjugate_children.conjugate_record import ConjugateRead, NotConjugate
 from pyro_em.graph.enumerated import run_enumerated
 from pyro_em.graph.factors import FactorGraph, Group, Nested
-from pyro_em.graph.lines import NotLinear
-from pyro_em.graph.sparse_lines import random_like
+from pyro_em.graph.gaussian_lines.drawn_lines import DrawnLines, drawn_lines
+from pyro_em.graph.gaussian_lines.lines import NotLinear
 from pyro_em.graph.structure import Structure
 from pyro_em.posteriors.continuous.conjugate_components import conjugated
 from pyro_em.posteriors.continuous.gaussian_components import Alike, NotSeparate, integrated

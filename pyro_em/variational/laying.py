@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from pyro_em.errors import Finding, raise_findings
-from pyro_em.graph.examination import examine
+from pyro_em.graph.findings.examination import examine
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.given import AtReferences
 from pyro_em.tracing.runs import Model

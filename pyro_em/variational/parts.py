@@ -21,7 +21,7 @@ from pyro_em.tracing.handlers import MaskSites
 from pyro_em.tracing.randomness import seeded
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.statistics import dot
+from pyro_em.updates.expectations.statistics import dot
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.broken_bounds import draw_errors_named, require_finite
 from pyro_em.variational.drawing import detached, inner_posterior

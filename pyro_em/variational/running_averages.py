@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import UsageError, message
-from pyro_em.graph.autograd import known_below
+from pyro_em.graph.bindings.autograd import known_below
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.posteriors.continuous.gaussian_steps import for_updates, in_m_step, tables_of
 from pyro_em.posteriors.enumeration import contraction_of
 from pyro_em.posteriors.exact import exact_posterior
 from pyro_em.tracing.handlers import GuideSites, ScalePlates
 from pyro_em.tracing.randomness import same_random_state
-from pyro_em.updates.decision import decide_updates
+from pyro_em.updates.decisions.decision import decide_updates
+from pyro_em.updates.expectations.statistics import Expectation
 from pyro_em.updates.m_step import MStepState, m_step
-from pyro_em.updates.statistics import Expectation
 from pyro_em.updates.update import ClosedForm, Fixed, ParameterUpdate, Update
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.drawing import detached, drawn_graph

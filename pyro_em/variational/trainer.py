@@ -21,7 +21,7 @@ from pyro_em.errors import DegenerateError, UsageError, message, warn
 from pyro_em.portable import StaysHere
 from pyro_em.tracing.parameters import parameters_read
 from pyro_em.tracing.randomness import same_random_state
-from pyro_em.updates.optimizers import Optimizer, adam
+from pyro_em.updates.gradients.optimizers import Optimizer, adam
 from pyro_em.updates.update import ClosedForm, Fixed, Gradient, Update
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.sharing import Sharing

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 from pyro_em.portable import StaysHere
-from pyro_em.updates.optimizers import Steppers
+from pyro_em.updates.gradients.optimizers import Steppers
 from pyro_em.updates.update import Update
 from pyro_em.variational.recovery import Recovery
 from pyro_em.variational.running_averages import RunningAverages

@@ -13,8 +13,8 @@ from torch.distributions import constraints
 from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM, vectorized_markov
-from pyro_em.fitting.em_map import ByTracing
-from pyro_em.fitting.em_on_sums import on_sums
+from pyro_em.fitting.steps.em_map import ByTracing
+from pyro_em.fitting.steps.em_on_sums import on_sums
 from pyro_em.plan.program import Program
 from pyro_em.tracing.parameters import values_of
 from tests.benchmarks.timing import Steps

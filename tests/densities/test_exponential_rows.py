@@ -15,7 +15,7 @@ from pyro_em import Chunks, ExactPosteriorEM
 from pyro_em.posteriors.chains.chain import Chain
 from pyro_em.posteriors.mixtures.mixture import Mixture
 from pyro_em.testing import check_block
-from pyro_em.updates.newton_on_sums import NewtonSolver
+from pyro_em.updates.sums.newton_on_sums import NewtonSolver
 from tests.benchmarks.exponential import gamma_steps, negative_binomial_steps
 
 

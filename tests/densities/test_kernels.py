@@ -25,10 +25,10 @@ from pyro_em.densities.tying import collapsed
 from pyro_em.errors import Handover
 from pyro_em.families.forms import Kind
 from pyro_em.families.registry import REGISTRY
-from pyro_em.fitting import em_map, guarded, verified_steps
-from pyro_em.fitting.em_map import ByTracing
-from pyro_em.fitting.em_on_sums import on_sums
-from pyro_em.fitting.history import EMStatus, EMStep
+from pyro_em.fitting.results.history import EMStatus, EMStep
+from pyro_em.fitting.steps import em_map, guarded, verified_steps
+from pyro_em.fitting.steps.em_map import ByTracing
+from pyro_em.fitting.steps.em_on_sums import on_sums
 from pyro_em.plan import agreement, verification
 from pyro_em.plan import program as programs
 from pyro_em.plan.eligibility import Kernel

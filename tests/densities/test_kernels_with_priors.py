@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM, Fixed
-from pyro_em.fitting.history import EMStatus
+from pyro_em.fitting.results.history import EMStatus
 from pyro_em.posteriors.chains.chain import Chain
 from pyro_em.posteriors.mixtures.mixture import Mixture
 from tests.densities.test_kernels import Model, both_fits, points, steps_of, symbols

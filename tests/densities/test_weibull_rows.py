@@ -12,7 +12,7 @@ from torch.distributions import constraints as C
 
 from pyro_em import Chunks, DegenerateError, ExactPosteriorEM, Gradient, PyroEMError
 from pyro_em.densities import compiled
-from pyro_em.fitting.guarded import Guarded
+from pyro_em.fitting.steps.guarded import Guarded
 from pyro_em.posteriors.chains.chain import Chain
 from pyro_em.posteriors.mixtures.mixture import Mixture
 from pyro_em.testing import check_block

@@ -13,7 +13,7 @@ from torch.distributions import constraints as C
 from pyro_em import ExactPosteriorEM
 from pyro_em.densities import whitened
 from pyro_em.densities.whitened import Whitened
-from pyro_em.fitting.em_on_sums import on_sums
+from pyro_em.fitting.steps.em_on_sums import on_sums
 from pyro_em.plan.program import Program
 from pyro_em.tracing.parameters import values_of
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_em.families import family_of
 from pyro_em.families.chunks import log_density
-from pyro_em.updates.statistics import dot
+from pyro_em.updates.expectations.statistics import dot
 
 
 def test_arguments_that_members_share_are_evaluated_once() -> None:

@@ -11,7 +11,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em.fitting.result import EMResult
+from pyro_em.fitting.results.result import EMResult
 
 
 def shard_of(x: Tensor, sizes: list[int]) -> Tensor:

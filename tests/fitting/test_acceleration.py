@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM, Gradient, Hard, UsageError
-from pyro_em.fitting import cycles
-from pyro_em.fitting.em_map import ByTracing
-from pyro_em.fitting.em_on_sums import OnSums
-from pyro_em.fitting.history import EMStatus
+from pyro_em.fitting.results.history import EMStatus
+from pyro_em.fitting.steps import cycles
+from pyro_em.fitting.steps.em_map import ByTracing
+from pyro_em.fitting.steps.em_on_sums import OnSums
 from tests.data_sets import LONDON_COUNTS, faithful
 
 OPTIMUM = -1989.945859883

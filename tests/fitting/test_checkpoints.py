@@ -15,8 +15,8 @@ from torch.distributions import constraints
 
 from pyro_em import Annealed, Chunks, EMStatus, ExactPosteriorEM, Gradient, MonteCarlo
 from pyro_em.errors import FileError, PyroEMWarning, UsageError
-from pyro_em.fitting import checkpoint_file
-from pyro_em.fitting.checkpoint_file import CheckpointFile
+from pyro_em.fitting.checkpoint import checkpoint_file
+from pyro_em.fitting.checkpoint.checkpoint_file import CheckpointFile
 from pyro_em.tracing import files
 
 pytestmark = pytest.mark.slow
@@ -147,7 +147,7 @@ def killed_after(steps, kind, path, monkeypatch, **options):
             raise Killed
 
         patch.setattr(CheckpointFile, "write", once)
-        patch.setattr("pyro_em.fitting.keeper.ExactKeeper.finish", lambda self, em: None)
+        patch.setattr("pyro_em.fitting.checkpoint.keeper.ExactKeeper.finish", lambda self, em: None)
         try:
             fit(kind, checkpoint=path, checkpoint_every=steps, **options)
         except Killed:
@@ -194,8 +194,8 @@ def test_writing_changes_no_digit_and_what_is_done_is_not_done_again(kind, tmp_p
     whole = fit(kind)
     assert_same(whole, fit(kind, checkpoint=tmp_path / "seldom.pt"))
     assert_same(whole, fit(kind, checkpoint=tmp_path / "run.pt", checkpoint_every=4))
-    monkeypatch.setattr("pyro_em.fitting.loop.advance", None)  # no step can be taken
-    monkeypatch.setattr("pyro_em.fitting.cycles._Cycles.half", None)
+    monkeypatch.setattr("pyro_em.fitting.steps.loop.advance", None)  # no step can be taken
+    monkeypatch.setattr("pyro_em.fitting.steps.cycles._Cycles.half", None)
     assert_same(whole, fit(kind, checkpoint=tmp_path / "run.pt"))
     assert_same(whole, fit(kind, checkpoint=tmp_path / "seldom.pt"))
 

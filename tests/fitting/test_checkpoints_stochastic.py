@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyro_em import Alternating, ClosedForm, EMStatus, ExactPosteriorEM
 from pyro_em.errors import UsageError
-from pyro_em.fitting.checkpoint_file import CheckpointFile
+from pyro_em.fitting.checkpoint.checkpoint_file import CheckpointFile
 from pyro_em.variational.bound import Variational
 
 pytestmark = pytest.mark.slow

@@ -15,8 +15,8 @@ from torch.distributions import constraints
 
 from pyro_em import Chunks, ExactPosteriorEM
 from pyro_em.errors import ModelError, UsageError
-from pyro_em.fitting.history import EMStatus
-from pyro_em.fitting.result import EMResult
+from pyro_em.fitting.results.history import EMStatus
+from pyro_em.fitting.results.result import EMResult
 
 _N = 24
 _generator = torch.Generator().manual_seed(0)
@@ -296,7 +296,7 @@ def test_what_one_chunk_leaves_undetermined_others_may_not() -> None:
 def test_factors_know_all_sums_after_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
     read = Chunks.read
-    monkeypatch.setattr("pyro_em.fitting.chunked._KEPT_BYTES", 0)
+    monkeypatch.setattr("pyro_em.fitting.parts.chunked._KEPT_BYTES", 0)
     monkeypatch.setattr(Chunks, "read", lambda self: (passes.append(1), read(self))[1])
     counts = []
     for steps in (2, 12):
@@ -521,7 +521,7 @@ def test_a_chunk_that_reads_as_another_model_is_refused() -> None:
 
 @pytest.fixture
 def _nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyro_em.fitting.chunked._KEPT_BYTES", 0)
+    monkeypatch.setattr("pyro_em.fitting.parts.chunked._KEPT_BYTES", 0)
 
 
 @pytest.mark.usefixtures("_nothing_kept")

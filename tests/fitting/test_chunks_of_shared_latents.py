@@ -78,7 +78,7 @@ def turned(x: Tensor, flag: Tensor) -> None:
 def test_chunks_that_are_read_again_may_read_latents_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pyro_em.fitting.chunked._KEPT_BYTES", 0)
+    monkeypatch.setattr("pyro_em.fitting.parts.chunked._KEPT_BYTES", 0)
     parts = _fitted(turned, Chunks(COUNTS, GROUP, rows=15))
     assert list(parts.history) == pytest.approx(list(_fitted(turned, COUNTS, GROUP).history))
 
@@ -89,7 +89,7 @@ def test_steps_and_answers_are_those_on_all_data(
 ) -> None:
     model, data, latent = _CASES[case]
     if latent == "rate":  # chunks that are read anew in each pass
-        monkeypatch.setattr("pyro_em.fitting.chunked._KEPT_BYTES", 0)
+        monkeypatch.setattr("pyro_em.fitting.parts.chunked._KEPT_BYTES", 0)
     whole, parts = (_fitted(model, *given) for given in (data, (Chunks(*data, rows=16),)))
     em = ExactPosteriorEM(model)
     assert list(parts.history) == pytest.approx(list(whole.history), abs=1e-10)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_em import Chunks, ExactPosteriorEM
-from pyro_em.fitting import chunked
+from pyro_em.fitting.parts import chunked
 from tests.fitting.test_chunks import _CASES, _fit, mixture
 
 pytestmark = pytest.mark.slow

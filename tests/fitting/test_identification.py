@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM
-from pyro_em.fitting.result import EMResult
+from pyro_em.fitting.results.result import EMResult
 
 X = torch.cat([torch.linspace(-3.5, -0.4, 30), torch.linspace(0.8, 3.1, 25)]).double()
 UNITS = [1e-6, 1.0, 1e6]

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em import EMResult, ExactPosteriorEM, UsageError
-from pyro_em.fitting.asymptotic import asymptotic_draws
-from pyro_em.fitting.inference_data import as_inference_data, inference_groups
+from pyro_em.fitting.results.asymptotic import asymptotic_draws
+from pyro_em.fitting.results.inference_data import as_inference_data, inference_groups
 
 D64 = torch.float64
 TABLE = pd.DataFrame(

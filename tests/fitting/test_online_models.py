@@ -18,7 +18,7 @@ from torch.distributions import constraints
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_em import Chunks, ExactPosteriorEM, Gradient, StepSize, UsageError
-from pyro_em.fitting import online_steps
+from pyro_em.fitting.batches import online_steps
 
 Arrays = Sequence[Any]
 _random = np.random.default_rng(7)

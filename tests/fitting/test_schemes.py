@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_em.fitting.schemes import QuasiNewton, Secant, Squarem, Triple
+from pyro_em.fitting.steps.schemes import QuasiNewton, Secant, Squarem, Triple
 
 FIXED = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
 

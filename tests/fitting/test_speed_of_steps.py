@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM
-from pyro_em.fitting.em_on_sums import OnSums
+from pyro_em.fitting.steps.em_on_sums import OnSums
 
 
 def model(x: Tensor) -> None:

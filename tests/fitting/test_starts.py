@@ -15,8 +15,8 @@ from torch.distributions import constraints
 
 from models import gmm
 from pyro_em import EMStatus, ExactPosteriorEM, UsageError
-from pyro_em.fitting import beginnings as beginnings_module
-from pyro_em.fitting import restarts as restarts_module
+from pyro_em.fitting.steps import beginnings as beginnings_module
+from pyro_em.fitting.steps import restarts as restarts_module
 from tests.benchmarks.starts import NEAR, blobs, ours, theirs
 from tests.data_sets import iris
 

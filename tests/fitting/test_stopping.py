@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em import ExactPosteriorEM
-from pyro_em.fitting.history import EMStatus
-from pyro_em.fitting.stopping import crawls, should_stop
+from pyro_em.fitting.results.history import EMStatus
+from pyro_em.fitting.steps.stopping import crawls, should_stop
 
 EPS = 2.2e-16
 

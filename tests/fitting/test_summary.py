@@ -18,7 +18,7 @@ from torch.distributions import constraints
 
 from pyro_em import Comparison, EMResult, ExactPosteriorEM, Fixed, UsageError
 from pyro_em.comparison.table import Row
-from pyro_em.fitting.table import Table
+from pyro_em.fitting.results.table import Table
 from pyro_em.graph.axes import axis_names
 
 D64 = torch.float64
@@ -91,7 +91,7 @@ def test_labels_that_do_not_fit_are_refused(fitted: EMResult, labels, said) -> N
 def test_without_pandas_there_is_a_table_of_the_same(fitted: EMResult, monkeypatch) -> None:
     frame = fitted.summary(level=0.9)
     monkeypatch.setitem(sys.modules, "pandas", None)
-    monkeypatch.delitem(sys.modules, "pyro_em.fitting.frame", raising=False)
+    monkeypatch.delitem(sys.modules, "pyro_em.fitting.results.frame", raising=False)
     table = fitted.summary(level=0.9)
     assert type(table) is Table and table.attrs == frame.attrs
     assert table.names == tuple(frame.index.names) and list(table.columns) == list(frame.columns)

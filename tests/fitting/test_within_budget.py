@@ -18,7 +18,7 @@ _SHIFT = 0.1 * torch.arange(40.0, dtype=torch.float64)
 
 @pytest.fixture(autouse=True)
 def _chunks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyro_em.fitting.within_budget._FEWEST", 1)
+    monkeypatch.setattr("pyro_em.fitting.parts.within_budget._FEWEST", 1)
 
 
 def mixture(x: Tensor, shift: Tensor, known: float) -> None:
@@ -81,6 +81,6 @@ def test_what_no_chunk_helps_is_refused_as_before() -> None:
 
 
 def test_chunks_of_few_rows_are_no_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyro_em.fitting.within_budget._FEWEST", 1000)
+    monkeypatch.setattr("pyro_em.fitting.parts.within_budget._FEWEST", 1000)
     with pytest.raises(ModelError, match="the budget is max_enumeration=50"):
         _em(50).fit(_X, _SHIFT, 1.5, progress=False)

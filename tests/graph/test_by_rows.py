@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM
-from pyro_em.graph import slices
 from pyro_em.graph.later_arguments import LaterArguments
+from pyro_em.graph.many_rows import slices
 from pyro_em.plan import agreement
 from pyro_em.plan.program import Program
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_em.graph.autograd import bind
-from pyro_em.graph.binding import joined
-from pyro_em.graph.expression import UNARY, Expression, Jet, leaf, number
-from pyro_em.graph.useful import Useful
+from pyro_em.graph.bindings.autograd import bind
+from pyro_em.graph.bindings.binding import joined
+from pyro_em.graph.bindings.expression import UNARY, Expression, Jet, leaf, number
+from pyro_em.graph.bindings.useful import Useful
 
 Made = Callable[[Tensor, Tensor], Tensor]
 

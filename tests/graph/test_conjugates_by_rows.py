@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import pyro_em.graph.conjugates_by_rows as by_rows
+import pyro_em.graph.conjugate_children.conjugates_by_rows as by_rows
 from pyro_em import ExactPosteriorEM
 from pyro_em.plan.program import Program
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM
-from pyro_em.graph.autograd import bind
-from pyro_em.graph.jacobian import Jacobian
-from pyro_em.graph.useful import Useful
+from pyro_em.graph.bindings.autograd import bind
+from pyro_em.graph.bindings.jacobian import Jacobian
+from pyro_em.graph.bindings.useful import Useful
 from pyro_em.plan.program import Program
 from tests.benchmarks.regressions import logistic, logistic_data, logistic_steps
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_em import ExactPosteriorEM
-from pyro_em.graph.folded import Folded, without_graphs
+from pyro_em.graph.findings.folded import Folded, without_graphs
 from pyro_em.graph.forms import forms_of
 from pyro_em.tracing.runs import plain_run, provenance_run
 from pyro_em.tracing.sites import factors_in, tensors_of

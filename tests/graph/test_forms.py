@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import DataError, ExactPosteriorEM, ModelError, PyroEMWarning
-from pyro_em.graph import agreement, layout, trace
-from pyro_em.graph.binding import Binding
-from pyro_em.graph.examination import examine
+from pyro_em.graph import layout, trace
+from pyro_em.graph.bindings.binding import Binding
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.findings import agreement
+from pyro_em.graph.findings.examination import examine
 from pyro_em.graph.trace import trace_graph
 
 T, ODD = 7, 4

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_em.graph.autograd import bind
-from pyro_em.graph.useful import Useful
+from pyro_em.graph.bindings.autograd import bind
+from pyro_em.graph.bindings.useful import Useful
 
 N, K = 7, 3
 X = torch.arange(2.0 * N, dtype=torch.float64).reshape(N, 1, 2).sin()

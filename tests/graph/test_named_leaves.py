@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pyro_em import ExactPosteriorEM
-from pyro_em.graph.autograd import known_below, parameters_below
-from pyro_em.graph.named_leaves import NamedLeaves
+from pyro_em.graph.bindings.autograd import known_below, parameters_below
+from pyro_em.graph.bindings.named_leaves import NamedLeaves
 
 
 def test_names_come_in_the_order_of_the_leaves() -> None:

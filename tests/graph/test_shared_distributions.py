@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em.graph.examination import examine
-from pyro_em.graph.shared_distributions import SharedDistributions
+from pyro_em.graph.bindings.shared_distributions import SharedDistributions
+from pyro_em.graph.findings.examination import examine
 from pyro_em.graph.trace import trace_graph
 
 K = 24

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_em.graph import signatures
-from pyro_em.graph.autograd import bind
-from pyro_em.graph.binding import Binding
+from pyro_em.graph.bindings import signatures
+from pyro_em.graph.bindings.autograd import bind
+from pyro_em.graph.bindings.binding import Binding
+from pyro_em.graph.bindings.signatures import KeptSelections, Recurring, outline, signature
+from pyro_em.graph.bindings.useful import Useful
 from pyro_em.graph.forms import equal_to_first
-from pyro_em.graph.signatures import KeptSelections, Recurring, outline, signature
-from pyro_em.graph.useful import Useful
 
 Argument = Callable[[Tensor], Tensor]
 

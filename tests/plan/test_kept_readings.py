@@ -19,7 +19,7 @@ import torch
 from torch.distributions import constraints
 
 from pyro_em import DataError, ExactPosteriorEM, Fixed, Hard, PyroEMError, vectorized_markov
-from pyro_em.graph import signatures
+from pyro_em.graph.bindings import signatures
 from pyro_em.plan import decisions, first_values, kept
 from pyro_em.tracing import runs
 
@@ -1020,7 +1020,8 @@ def test_a_form_that_was_seen_costs_one_run(monkeypatch):
 
         return counted
 
-    from pyro_em.graph import enumerated, examination, first_run
+    from pyro_em.graph import enumerated
+    from pyro_em.graph.findings import examination, first_run
 
     for module, name in (
         (first_run, "plain_run"),

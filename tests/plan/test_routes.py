@@ -16,7 +16,7 @@ from torch.distributions import constraints
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pyro_em import Alternating, ExactPosteriorEM, PyroEMError, PyroEMWarning
-from pyro_em.fitting.history import EMStatus
+from pyro_em.fitting.results.history import EMStatus
 from pyro_em.variational.recovery import Recovery
 
 T = torch.tensor

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pyro_em import ExactPosteriorEM
-from pyro_em.fitting.guarded import Guarded
-from pyro_em.fitting.loop import endless_steps
+from pyro_em.fitting.steps.guarded import Guarded
+from pyro_em.fitting.steps.loop import endless_steps
 from pyro_em.plan.program import Program
 from pyro_em.variational.trainer import Trainer
 

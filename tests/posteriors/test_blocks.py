@@ -25,7 +25,7 @@ from pyro_em.testing import check_block
 from pyro_em.testing.blocks import joint_table
 from pyro_em.tracing.missing import WithMissing
 from pyro_em.tracing.parameters import values_of
-from pyro_em.updates.statistics import Expectation, Key, group_sums
+from pyro_em.updates.expectations.statistics import Expectation, Key, group_sums
 
 DTYPES = (torch.float64, torch.float32)
 

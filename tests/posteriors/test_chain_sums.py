@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em import EMResult, ExactPosteriorEM, Fixed, PyroEMWarning, vectorized_markov
-from pyro_em.fitting import identified
-from pyro_em.fitting.em_map import ByTracing
+from pyro_em.fitting.results import identified
+from pyro_em.fitting.steps.em_map import ByTracing
 from pyro_em.posteriors.chain_sums import numba_m_step
 from pyro_em.posteriors.filters import kalman
 from pyro_em.tracing.parameters import values_of

@@ -14,8 +14,8 @@ from torch.distributions import constraints
 
 import pyro_em.posteriors.conjugates.conjugate_slices as conjugate_slices
 from pyro_em import ExactPosteriorEM
-from pyro_em.fitting.em_map import ByTracing
-from pyro_em.fitting.em_on_sums import on_sums
+from pyro_em.fitting.steps.em_map import ByTracing
+from pyro_em.fitting.steps.em_on_sums import on_sums
 from pyro_em.plan.program import Program
 
 N = 90

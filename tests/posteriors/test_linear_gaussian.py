@@ -17,7 +17,7 @@ from pyro_em.posteriors.gaussians.linear_gaussian import GaussianSolution, solve
 from pyro_em.posteriors.gaussians.site_forms import SiteForm, Term
 from pyro_em.posteriors.gaussians.site_rows import SiteNumbers
 from pyro_em.posteriors.gaussians.square_root import square_root
-from pyro_em.updates.linear_moments import shifted, summed
+from pyro_em.updates.expectations.linear_moments import shifted, summed
 
 LOG_TWO_PI = float(np.log(2 * np.pi))
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_em import ExactPosteriorEM
-from pyro_em.graph import conjugates_by_rows
+from pyro_em.graph.conjugate_children import conjugates_by_rows
 from pyro_em.posteriors.conjugates import conjugate_slices
 from pyro_em.tracing.freed import keep_freed_memory
 

@@ -7,7 +7,7 @@ import torch
 from pyro_em.reduction.over_parts import OverParts
 from pyro_em.reduction.reduction import Whole
 from pyro_em.reduction.trees import added, larger, leaves
-from pyro_em.updates.statistics import Expectation
+from pyro_em.updates.expectations.statistics import Expectation
 
 
 def test_an_expectation_of_parts_keeps_the_references_of_one() -> None:

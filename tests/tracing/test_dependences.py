@@ -13,8 +13,8 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_em import ExactPosteriorEM, PyroEMWarning, UsageError
-from pyro_em.fitting.guarded import Guarded
-from pyro_em.fitting.loop import endless_steps
+from pyro_em.fitting.steps.guarded import Guarded
+from pyro_em.fitting.steps.loop import endless_steps
 from pyro_em.tracing.dependences import _sums, checksum
 
 SCALES = SimpleNamespace(spread=1.0)

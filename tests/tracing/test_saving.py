@@ -22,7 +22,7 @@ from torch.distributions import constraints
 from pyro_em import ExactPosteriorEM, FileError, PyroEMError, UsageError
 from pyro_em.tracing import checkpoint as saving
 from pyro_em.tracing.encoding import NotPlain, decoded, encoded
-from pyro_em.updates.model_sums import ModelSums, PlainSums
+from pyro_em.updates.sums.model_sums import ModelSums, PlainSums
 
 X = torch.tensor([-1.3, 0.2, 0.4, 1.9, 2.2], dtype=torch.float64)
 
@@ -361,9 +361,10 @@ def first_format(**changes: object) -> dict[str, object]:
 def test_records_that_files_name_by_an_earlier_module_are_read() -> None:
     sums = PlainSums({"weight": torch.tensor([3.0])}, {"loc": torch.ones(1)})
     fields = encoded(ModelSums({0: sums}, {0: 3.0}, {}))["fields"]
-    read = decoded({"record of": "pyro_em.updates.running_sums:ModelSums", "fields": fields})
-    assert isinstance(read, ModelSums) and isinstance(read.groups[0], PlainSums)
-    assert read.groups[0].sums["weight"].item() == 3.0
+    for earlier in ("pyro_em.updates.running_sums", "pyro_em.updates.model_sums"):
+        read = decoded({"record of": f"{earlier}:ModelSums", "fields": fields})
+        assert isinstance(read, ModelSums) and isinstance(read.groups[0], PlainSums)
+        assert read.groups[0].sums["weight"].item() == 3.0
     with pytest.raises(NotPlain, match="does not have"):
         decoded({"record of": "pyro_em.updates.running_sums:Other", "fields": {}})
 

@@ -16,7 +16,7 @@ from torch.distributions import constraints as C
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_em import DataError, ExactPosteriorEM, ModelError
-from pyro_em.graph.examination import examine
+from pyro_em.graph.findings.examination import examine
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.kept import forget_readings
 from pyro_em.tracing import handlers, runs

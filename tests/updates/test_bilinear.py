@@ -13,8 +13,8 @@ from scipy.optimize import minimize, minimize_scalar
 from torch.distributions import constraints
 
 from pyro_em import Chunks, ExactPosteriorEM, Gradient, LeastSquares, Newton, vectorized_markov
-from pyro_em.graph.autograd import bind
-from pyro_em.graph.useful import Useful
+from pyro_em.graph.bindings.autograd import bind
+from pyro_em.graph.bindings.useful import Useful
 
 SERIES = torch.tensor(
     [0.3, 1.6, 1.1, 1.9, -0.8, -0.2, -0.9, 0.4, 1.4, 2.1, 1.0, 1.7, 0.9, -0.6, -1.1, 1.5, 1.2, 0.8],

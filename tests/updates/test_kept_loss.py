@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_em import ExactPosteriorEM, Gradient, ModelError
-from pyro_em.updates.kept_loss import KeptLoss
+from pyro_em.updates.gradients.kept_loss import KeptLoss
 
 X = torch.tensor([-1.2, -0.7, 0.4, 1.9, 2.3], dtype=torch.float64)
 

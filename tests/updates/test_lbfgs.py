@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from pyro_em.updates.lbfgs import minimise
+from pyro_em.updates.gradients.lbfgs import minimise
 
 
 def rosenbrock(x):

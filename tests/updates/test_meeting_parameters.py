@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import Chunks, ExactPosteriorEM, Fixed, Gradient
-from pyro_em.updates.blocks import Problem
+from pyro_em.updates.linear_cells.blocks import Problem
 from pyro_em.updates.update import ClosedForm, NewtonOnSums, Update
 
 Emission = Callable[[Tensor], dist.TorchDistribution]

@@ -28,8 +28,8 @@ from pyro_em import (
     PyroEMWarning,
     vectorized_markov,
 )
-from pyro_em.graph.autograd import bind
-from pyro_em.graph.useful import Useful
+from pyro_em.graph.bindings.autograd import bind
+from pyro_em.graph.bindings.useful import Useful
 
 N = 40
 RNG = np.random.default_rng(8)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import Chunks, DegenerateError, ExactPosteriorEM, Gradient, Newton, PyroEMError
-from pyro_em.updates.blocks import Problem
+from pyro_em.updates.linear_cells.blocks import Problem
 from pyro_em.updates.update import NewtonOnSums
 
 Emission = Callable[[Tensor], dist.TorchDistribution]
@@ -179,7 +179,7 @@ def test_a_block_of_too_many_numbers_climbs_by_gradients(monkeypatch: pytest.Mon
         b = positive("b", 1.0)[0] if tied else positive("b", *[1.0] * 300)
         mixture(x, lambda z: dist.Gamma(positive("a", *[1.0] * 300)[z], b if tied else b[z]), 300)
 
-    monkeypatch.setattr("pyro_em.updates.together._LARGEST", 2**12)
+    monkeypatch.setattr("pyro_em.updates.decisions.together._LARGEST", 2**12)
     for tied, update in ((False, NewtonOnSums), (True, Gradient)):
         pyro.clear_param_store()
         plan = ExactPosteriorEM(model).plan(two_gammas(2), tied)

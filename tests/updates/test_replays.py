@@ -13,7 +13,7 @@ from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM, Gradient
 from pyro_em.tracing.tape import Recorder, Tape
-from pyro_em.updates.replays import Replays
+from pyro_em.updates.gradients.replays import Replays
 
 Model = Callable[[Tensor, Tensor], None]
 

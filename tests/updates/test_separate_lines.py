@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em import ExactPosteriorEM
-from pyro_em.updates import least_squares
+from pyro_em.updates.regressions import least_squares
 
 D, Q = 5, 2
 

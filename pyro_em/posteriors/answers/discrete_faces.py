@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_em.globs import stacked_answers
 from pyro_em.graph.factors import FactorGraph, Latent
-from pyro_em.graph.latent_series import kinds_of
+from pyro_em.graph.vectorised_loops.latent_series import kinds_of
 from pyro_em.posteriors.answers.chain_paths import paths_of
 from pyro_em.posteriors.answers.crossed import across_plates, are_connected
 from pyro_em.posteriors.answers.names import by_glob, latent_of, own_name, pairs_by_glob

@@ -20,7 +20,7 @@ from pyro_em.graph.factors import Group, seen_entries
 from pyro_em.posteriors.answers.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.answers.normal_mixtures import NormalsByCell
 from pyro_em.posteriors.gaussians.integrated import Integrated
-from pyro_em.updates.gaussian_rows import event_shape, rows_of
+from pyro_em.updates.expectations.gaussian_rows import event_shape, rows_of
 
 
 @runtime_checkable

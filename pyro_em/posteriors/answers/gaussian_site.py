@@ -21,7 +21,7 @@ from pyro_em.globs import listed
 from pyro_em.graph.factors import Group
 from pyro_em.posteriors.gaussians.integrated import Integrated
 from pyro_em.posteriors.scales.scaled_gaussian import ScaledGaussian
-from pyro_em.updates.gaussian_rows import event_shape
+from pyro_em.updates.expectations.gaussian_rows import event_shape
 
 
 @dataclass(frozen=True, eq=False)

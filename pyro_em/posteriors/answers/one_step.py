@@ -23,7 +23,7 @@ from pyro_em.incomplete import IncompleteMultivariateNormal
 from pyro_em.posteriors.answers.gaussian_predictions import value_rows
 from pyro_em.posteriors.messages.steps import predicted_cells, steps_of
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.gaussian_rows import event_shape
+from pyro_em.updates.expectations.gaussian_rows import event_shape
 
 
 def standardised_rows(

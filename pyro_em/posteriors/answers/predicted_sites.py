@@ -24,7 +24,7 @@ from pyro_em.posteriors.answers.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.answers.gaussian_predictions import known_data, value_rows
 from pyro_em.posteriors.answers.gaussian_site import factors_of
 from pyro_em.posteriors.answers.normal_mixtures import NormalsByCell
-from pyro_em.updates.gaussian_rows import event_shape, rows_of, tril_rows
+from pyro_em.updates.expectations.gaussian_rows import event_shape, rows_of, tril_rows
 
 _MATRICES = ("scale_tril", "covariance_matrix", "precision_matrix")
 

@@ -38,7 +38,7 @@ from pyro_em.posteriors.answers.series_faces import (
 )
 from pyro_em.posteriors.answers.state_filter import predicted_solution
 from pyro_em.posteriors.continuous.gaussian_steps import gaussians_in
-from pyro_em.updates.gaussian_rows import event_shape
+from pyro_em.updates.expectations.gaussian_rows import event_shape
 
 if TYPE_CHECKING:
     from pyro_em.posteriors.answers.posterior import Posterior

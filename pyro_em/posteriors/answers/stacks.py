@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_em.globs import require_alike
 from pyro_em.graph.factors import FactorGraph, Latent
-from pyro_em.graph.latent_series import chain_form, kinds_of
+from pyro_em.graph.vectorised_loops.latent_series import chain_form, kinds_of
 from pyro_em.posteriors.answers.names import latent_of
 
 

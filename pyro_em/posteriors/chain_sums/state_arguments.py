@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_em.graph.binding import Binding, ElementwiseMap
+from pyro_em.graph.bindings.binding import Binding, ElementwiseMap
 from pyro_em.graph.factors import Group
 from pyro_em.posteriors.states.state_layout import Stack
-from pyro_em.updates.gaussian_rows import apart_rows, event_shape
+from pyro_em.updates.expectations.gaussian_rows import apart_rows, event_shape
 
 Numbers = NDArray[np.float64]
 Places = NDArray[np.int64]

@@ -1,8 +1,8 @@
 """The M-step of Gaussian chains from sums: least squares of coefficients.
 
-As `pyro_em.updates.gaussian_lines` has it, decided once and solved in numpy. Columns that share no
-equation with others are known before any number is: those of a row of loadings are a small system of
-their own, and systems of equal size are solved together.
+As `pyro_em.updates.regressions.gaussian_lines` has it, decided once and solved in numpy. Columns that
+share no equation with others are known before any number is: those of a row of loadings are a small
+system of their own, and systems of equal size are solved together.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from pyro_em.posteriors.gaussians.coordinates import seen_coordinates
 from pyro_em.posteriors.gaussians.gaussian import counts_once
 from pyro_em.posteriors.states.state_layout import Stack
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.gaussian_rows import apart_rows, event_shape, is_matrix
+from pyro_em.updates.expectations.gaussian_rows import apart_rows, event_shape, is_matrix
 
 Along = slice | Places  # some steps, or some places
 

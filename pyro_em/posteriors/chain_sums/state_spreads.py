@@ -1,7 +1,8 @@
 """The M-step of Gaussian chains from sums: closed forms of spreads, about coefficients that are solved.
 
-As `pyro_em.updates.closed_form` has it, decided once and solved in numpy: variances of numbers, and
-covariances of vectors, each shared by as many sites, steps and series as read its parameter.
+As `pyro_em.updates.closed_forms.closed_form` has it, decided once and solved in numpy: variances of
+numbers, and covariances of vectors, each shared by as many sites, steps and series as read its
+parameter.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pyro_em.graph.factors import FactorGraph
 from pyro_em.posteriors.chain_sums.state_arguments import Numbers, Picked, Places, Unlike
 from pyro_em.posteriors.chain_sums.state_sites import Site
 from pyro_em.posteriors.continuous.gaussian_steps import for_updates
-from pyro_em.updates.scatter import data_magnitude
+from pyro_em.updates.expectations.scatter import data_magnitude
 from pyro_em.updates.update import ClosedForm, ParameterUpdate
 
 _ROUNDING = 1e-14  # of the size of data: a deviation that small may be none

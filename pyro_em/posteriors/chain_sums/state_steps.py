@@ -30,8 +30,8 @@ from pyro_em.posteriors.continuous.gaussian_steps import for_updates
 from pyro_em.posteriors.filters.kalman import is_compiled, smoothed
 from pyro_em.posteriors.filters.state_space import Smoothed
 from pyro_em.posteriors.states.gaussian_chain import GaussianChain
-from pyro_em.updates.expansion import centred_latents
-from pyro_em.updates.statistics import Expectation
+from pyro_em.updates.expectations.statistics import Expectation
+from pyro_em.updates.regressions.expansion import centred_latents
 from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, ParameterUpdate
 
 Values = Mapping[str, Tensor]

@@ -34,7 +34,13 @@ from pyro_em.posteriors.chains.sequence_block import SequenceBlock
 from pyro_em.posteriors.chains.step_groups import StepGroups, mask_of
 from pyro_em.posteriors.messages.forward_backward import smooth, wants_lanes
 from pyro_em.posteriors.quick import Outline
-from pyro_em.updates.statistics import NATURAL, Expectation, Key, group_sums, known_statistics
+from pyro_em.updates.expectations.statistics import (
+    NATURAL,
+    Expectation,
+    Key,
+    group_sums,
+    known_statistics,
+)
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_em.errors import Finding, sites_in_words
 from pyro_em.graph.factors import FactorGraph, Group, Latent
-from pyro_em.graph.latent_series import chain_form, kinds_of, names_of, plates_of
+from pyro_em.graph.vectorised_loops.latent_series import chain_form, kinds_of, names_of, plates_of
 from pyro_em.tracing.sites import Role
 
 

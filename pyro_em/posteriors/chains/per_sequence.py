@@ -20,7 +20,7 @@ from pyro_em.posteriors.contracted import onto
 from pyro_em.posteriors.messages.product_steps import product_steps
 from pyro_em.posteriors.messages.steps import StepCells, step_cells, steps_of
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.statistics import Expectation, Key, group_sums
+from pyro_em.updates.expectations.statistics import Expectation, Key, group_sums
 
 
 @dataclass(frozen=True, eq=False)

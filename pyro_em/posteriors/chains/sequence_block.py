@@ -12,7 +12,7 @@ from pyro_em.posteriors.block import Values
 from pyro_em.posteriors.chains.per_sequence import PerSequence
 from pyro_em.posteriors.chains.step_groups import StepGroups
 from pyro_em.posteriors.quick import QuickBlock
-from pyro_em.updates.statistics import Expectation
+from pyro_em.updates.expectations.statistics import Expectation
 
 
 class SequenceBlock(QuickBlock):

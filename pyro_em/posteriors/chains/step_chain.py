@@ -45,7 +45,7 @@ from pyro_em.posteriors.messages.step_shape import (
 )
 from pyro_em.posteriors.mixtures.product_states import flattened
 from pyro_em.posteriors.quick import Outline
-from pyro_em.updates.statistics import NATURAL, Expectation, Key
+from pyro_em.updates.expectations.statistics import NATURAL, Expectation, Key
 
 
 @dataclass(eq=False)

@@ -20,7 +20,7 @@ from pyro_em.posteriors.chains.step_groups import mask_of
 from pyro_em.posteriors.messages.moves import Label, Stage
 from pyro_em.posteriors.messages.smooth_moves import Table
 from pyro_em.posteriors.messages.step_shape import StepShape
-from pyro_em.updates.statistics import Key, group_sums, known_statistics
+from pyro_em.updates.expectations.statistics import Key, group_sums, known_statistics
 
 
 @dataclass(frozen=True, eq=False)

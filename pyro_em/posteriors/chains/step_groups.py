@@ -31,9 +31,9 @@ from pyro_em.densities.rules import rule_of
 from pyro_em.densities.theta import At
 from pyro_em.errors import Finding
 from pyro_em.families.family import Statistics
-from pyro_em.graph.binding import is_in_order
+from pyro_em.graph.bindings.binding import is_in_order
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.updates.statistics import Key, group_sums, known_statistics
+from pyro_em.updates.expectations.statistics import Key, group_sums, known_statistics
 
 _ALL = slice(None)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.families.conjugate_kernels import Few, PriorKernel, matrix_of
-from pyro_em.graph.conjugate_record import ConjugateRead
+from pyro_em.graph.conjugate_children.conjugate_record import ConjugateRead
 from pyro_em.graph.factors import Group
 from pyro_em.posteriors.conjugates.conjugate_cells import (
     ElementsRead,
@@ -31,7 +31,7 @@ from pyro_em.posteriors.conjugates.conjugate_cells import (
 from pyro_em.posteriors.conjugates.conjugate_elements import elements_of_latent
 from pyro_em.posteriors.conjugates.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.gaussians.gaussian import counts_once, elements_in, is_within, piece
-from pyro_em.updates.conjugate_beliefs import (
+from pyro_em.updates.expectations.conjugate_beliefs import (
     MANY_ROWS,
     ChildBelief,
     PriorBelief,
@@ -41,7 +41,7 @@ from pyro_em.updates.conjugate_beliefs import (
     wide,
     with_factor,
 )
-from pyro_em.updates.gaussian_rows import is_matrix
+from pyro_em.updates.expectations.gaussian_rows import is_matrix
 
 Arguments = Mapping[str, Tensor]
 

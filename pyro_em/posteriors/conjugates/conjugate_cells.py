@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_em.families.conjugate_kernels import Few
 from pyro_em.graph.factors import Group
-from pyro_em.updates.conjugate_beliefs import element_sizes, slices_of
+from pyro_em.updates.expectations.conjugate_beliefs import element_sizes, slices_of
 
 
 def rows_of(t: Tensor, group: Group, tail: int = 0, *, full: bool = False) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_em.graph.factors import Group
 from pyro_em.posteriors.conjugates.conjugate_cells import ElementsRead, rows_of
 from pyro_em.posteriors.gaussians.gaussian import elements_in, is_within
-from pyro_em.updates.conjugate_beliefs import slices_of
+from pyro_em.updates.expectations.conjugate_beliefs import slices_of
 
 
 def elements_of_latent(

@@ -9,11 +9,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pyro_em.graph.conjugate_reads import ConjugateRead
-from pyro_em.graph.given_rows import slice_of
+from pyro_em.graph.conjugate_children.conjugate_reads import ConjugateRead
+from pyro_em.graph.many_rows.given_rows import slice_of
 from pyro_em.posteriors.conjugates.conjugate import ConjugateBlock
 from pyro_em.posteriors.conjugates.conjugate_totals import Rows
-from pyro_em.updates.conjugate_beliefs import MANY_ROWS
+from pyro_em.updates.expectations.conjugate_beliefs import MANY_ROWS
 
 _WIDTH = 4  # numbers of a row up to which `MANY_ROWS` rows stay in the cache
 

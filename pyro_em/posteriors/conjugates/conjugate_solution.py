@@ -20,7 +20,7 @@ from pyro_em.families.conjugate_kernels import (
     gamma_expected,
     gamma_normaliser,
 )
-from pyro_em.updates.conjugate_beliefs import MANY_ROWS, slices_of
+from pyro_em.updates.expectations.conjugate_beliefs import MANY_ROWS, slices_of
 
 
 @dataclass(frozen=True, eq=False)

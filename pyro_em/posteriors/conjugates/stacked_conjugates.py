@@ -18,7 +18,7 @@ from pyro_em.graph.factors import Group
 from pyro_em.posteriors.conjugates.conjugate import ConjugateBlock, Shared
 from pyro_em.posteriors.conjugates.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.gaussians.gaussian import piece
-from pyro_em.updates.conjugate_beliefs import ChildBelief, PriorBelief, PriorInRows
+from pyro_em.updates.expectations.conjugate_beliefs import ChildBelief, PriorBelief, PriorInRows
 
 Arguments = Mapping[str, Tensor]
 

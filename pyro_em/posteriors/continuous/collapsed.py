@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_em.errors import DegenerateError, Handover
 from pyro_em.graph.all_data import Vectors
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.graph.lines import Line
+from pyro_em.graph.gaussian_lines.lines import Line
 from pyro_em.posteriors.at_values import (
     AtValues,
     ThetaByValues,
@@ -34,9 +34,9 @@ from pyro_em.posteriors.gaussians.gaussian import GaussianBlock
 from pyro_em.posteriors.gaussians.integrated import Solution
 from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.gaussian_rows import event_shape, rows_of
+from pyro_em.updates.expectations.gaussian_rows import event_shape, rows_of
+from pyro_em.updates.expectations.statistics import Expectation
 from pyro_em.updates.m_step import MStepState, m_step
-from pyro_em.updates.statistics import Expectation
 from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, ParameterUpdate
 
 

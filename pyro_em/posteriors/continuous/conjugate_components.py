@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_em.errors import Finding
 from pyro_em.families.conjugate_kernels import PriorKernel
-from pyro_em.graph.conjugate_record import ConjugateRead
+from pyro_em.graph.conjugate_children.conjugate_record import ConjugateRead
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.conjugates.conjugate import ConjugateBlock
 from pyro_em.posteriors.conjugates.conjugate_elements import elements_of_latent
@@ -33,7 +33,7 @@ from pyro_em.posteriors.scales.scaled_chain import scaled_chain
 from pyro_em.posteriors.scales.scaled_components import block_of_scale, with_scale
 from pyro_em.posteriors.states.gaussian_chain import GaussianChain
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.conjugate_beliefs import is_plugged, with_factor
+from pyro_em.updates.expectations.conjugate_beliefs import is_plugged, with_factor
 
 Block = ConjugateBlock | StackedConjugates | ScaledBlock
 

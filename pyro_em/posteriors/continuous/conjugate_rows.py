@@ -35,15 +35,15 @@ from pyro_em.posteriors.continuous.gaussian_steps import for_updates
 from pyro_em.posteriors.gaussians.gaussian import piece
 from pyro_em.reduction.reduction import Whole
 from pyro_em.tracing.parameters import values_of
-from pyro_em.updates.conjugate_beliefs import wide
-from pyro_em.updates.data_sums import DataSums
-from pyro_em.updates.decision import groups_reached
-from pyro_em.updates.line_sums import LineSite
+from pyro_em.updates.decisions.decision import groups_reached
+from pyro_em.updates.expectations.conjugate_beliefs import wide
+from pyro_em.updates.expectations.statistics import Expectation
 from pyro_em.updates.m_step import MStepState, m_step_over
-from pyro_em.updates.model_sums import GroupSums, ModelSums, PlainSums
-from pyro_em.updates.newton_on_sums import AtEdge
-from pyro_em.updates.statistics import Expectation
-from pyro_em.updates.summable import Summable
+from pyro_em.updates.regressions.line_sums import LineSite
+from pyro_em.updates.sums.data_sums import DataSums
+from pyro_em.updates.sums.model_sums import GroupSums, ModelSums, PlainSums
+from pyro_em.updates.sums.newton_on_sums import AtEdge
+from pyro_em.updates.sums.summable import Summable
 from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, NewtonOnSums, ParameterUpdate
 
 

@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import Handover
-from pyro_em.graph.binding import Binding
+from pyro_em.graph.bindings.binding import Binding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.continuous.collapsed import are_alike, vectors_of
 from pyro_em.posteriors.gaussians.gaussian import GaussianBlock
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.gaussian_rows import event_shape, is_matrix, rows_of, tril_rows
-from pyro_em.updates.statistics import Expectation
+from pyro_em.updates.expectations.gaussian_rows import event_shape, is_matrix, rows_of, tril_rows
+from pyro_em.updates.expectations.statistics import Expectation
 from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, ParameterUpdate
 
 Values = Mapping[str, Tensor]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_em.errors import Finding
 from pyro_em.graph.factors import FactorGraph, Group, Nested
-from pyro_em.graph.lines import Line
+from pyro_em.graph.gaussian_lines.lines import Line
 from pyro_em.posteriors.gaussians.gaussian import GaussianBlock, elements_of_blocks, piece
 from pyro_em.posteriors.gaussians.gaussian_sites import dense_block, taken
 from pyro_em.posteriors.scales.scaled_chain import may_have_scale

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pyro_em.graph.factors import Group, is_incomplete
-from pyro_em.updates.gaussian_rows import cells_of, rows_of, tril_rows
-from pyro_em.updates.linear_moments import LinearMoments
+from pyro_em.updates.expectations.gaussian_rows import cells_of, rows_of, tril_rows
+from pyro_em.updates.expectations.linear_moments import LinearMoments
 
 
 def seen_coordinates(group: Group) -> Tensor | None:

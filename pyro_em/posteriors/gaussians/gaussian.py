@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_em.errors import DegenerateError, message
 from pyro_em.graph.factors import Group
-from pyro_em.graph.lines import Line
+from pyro_em.graph.gaussian_lines.lines import Line
 from pyro_em.posteriors.gaussians.coordinates import (
     apart,
     completed,
@@ -30,8 +30,8 @@ from pyro_em.posteriors.gaussians.linear_gaussian import solve
 from pyro_em.posteriors.gaussians.site_forms import SiteForm, Term
 from pyro_em.posteriors.gaussians.site_rows import SiteNumbers
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.beliefs import Moments
-from pyro_em.updates.gaussian_rows import (
+from pyro_em.updates.expectations.beliefs import Moments
+from pyro_em.updates.expectations.gaussian_rows import (
     coefficient_rows,
     event_shape,
     is_matrix,

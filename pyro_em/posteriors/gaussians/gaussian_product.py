@@ -19,8 +19,8 @@ from pyro_em.distributions import unwrap
 from pyro_em.errors import UsageError, message
 from pyro_em.graph.factors import Group
 from pyro_em.posteriors.gaussians.integrated import Blocks, Solution
-from pyro_em.updates.gaussian_rows import event_shape
-from pyro_em.updates.linear_moments import LinearMoments, linear_moments
+from pyro_em.updates.expectations.gaussian_rows import event_shape
+from pyro_em.updates.expectations.linear_moments import LinearMoments, linear_moments
 
 _LOG_TWO_PI_E = 1 + math.log(2 * math.pi)
 

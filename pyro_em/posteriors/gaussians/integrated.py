@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.posteriors.gaussians.site_forms import SiteForm
-from pyro_em.updates.linear_moments import LinearMoments
+from pyro_em.updates.expectations.linear_moments import LinearMoments
 
 
 class Blocks(Protocol):

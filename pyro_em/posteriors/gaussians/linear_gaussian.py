@@ -57,7 +57,7 @@ from pyro_em.posteriors.gaussians.site_rows import (
     beside,
     rows_of_site,
 )
-from pyro_em.updates.linear_moments import LinearMoments, linear_moments
+from pyro_em.updates.expectations.linear_moments import LinearMoments, linear_moments
 
 _STEPS = 6  # moves to the mode at most: the first, and mostly one refinement
 

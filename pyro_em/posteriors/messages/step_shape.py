@@ -19,9 +19,9 @@ from torch import Tensor
 from pyro_em.densities.tying import collapsed
 from pyro_em.errors import Finding, sites_in_words
 from pyro_em.graph.factors import FactorGraph, Group, Latent
-from pyro_em.graph.latent_series import LatentSeries, kinds_of, names_of
 from pyro_em.graph.parting import of_members
 from pyro_em.graph.stretches import Members, Stem, StepRead, Stretch
+from pyro_em.graph.vectorised_loops.latent_series import LatentSeries, kinds_of, names_of
 from pyro_em.posteriors.messages.moves import Label, Moves, in_order
 from pyro_em.tracing.sites import Role
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyro_em.expanded import once_each
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.graph.latent_series import ChainForm, chain_form, kinds_of, plates_of
+from pyro_em.graph.vectorised_loops.latent_series import ChainForm, chain_form, kinds_of, plates_of
 from pyro_em.posteriors.messages.forward import forward
 from pyro_em.posteriors.messages.forward_backward import neighbours
 from pyro_em.posteriors.messages.product_steps import product_steps

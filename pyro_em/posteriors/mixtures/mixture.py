@@ -42,7 +42,7 @@ from pyro_em.posteriors.mixtures.rows import (
     why_not_constant,
 )
 from pyro_em.posteriors.quick import Outline, QuickBlock
-from pyro_em.updates.statistics import NATURAL, Expectation, group_sums
+from pyro_em.updates.expectations.statistics import NATURAL, Expectation, group_sums
 
 _CHUNK_BYTES = 2**21
 

@@ -18,7 +18,7 @@ from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.block import Values
 from pyro_em.posteriors.contraction import log_sum_exp
 from pyro_em.posteriors.mixtures.rows import RowShape
-from pyro_em.updates.statistics import Expectation, Key, group_sums
+from pyro_em.updates.expectations.statistics import Expectation, Key, group_sums
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ from pyro_em.posteriors.mixtures.mixture import Mixture, outline_of_rows
 from pyro_em.posteriors.mixtures.product_states import alike, flattened
 from pyro_em.posteriors.mixtures.rows import why_no_product
 from pyro_em.posteriors.quick import Outline, SumsBlock
-from pyro_em.updates.statistics import Expectation
+from pyro_em.updates.expectations.statistics import Expectation
 
 
 class ProductRows(Mixture):

@@ -20,7 +20,7 @@ from pyro_em.densities.theta import At
 from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.mixtures.rows import restricted
-from pyro_em.updates.statistics import group_sums
+from pyro_em.updates.expectations.statistics import group_sums
 
 _MANY = 2**22  # probabilities that are kept from which on they are kept in single precision
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_em.errors import Finding, sites_in_words
 from pyro_em.graph.factors import FactorGraph, Group, Latent, is_incomplete
-from pyro_em.graph.latent_series import kinds_of, names_of
+from pyro_em.graph.vectorised_loops.latent_series import kinds_of, names_of
 from pyro_em.posteriors.mixtures.equal_rows import equal_rows
 from pyro_em.tracing.sites import Role
 

@@ -36,9 +36,9 @@ from pyro_em.posteriors.gaussians.integrated import Integrated
 from pyro_em.posteriors.gaussians.linear_gaussian import GaussianSolution
 from pyro_em.posteriors.scales.scaled_gaussian import ScaledGaussian
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.beliefs import Moments
-from pyro_em.updates.conjugate_beliefs import ScaledMoments, wide
-from pyro_em.updates.gaussian_rows import is_matrix, weights_of
+from pyro_em.updates.expectations.beliefs import Moments
+from pyro_em.updates.expectations.conjugate_beliefs import ScaledMoments, wide
+from pyro_em.updates.expectations.gaussian_rows import is_matrix, weights_of
 
 Arguments = Mapping[str, Tensor]
 

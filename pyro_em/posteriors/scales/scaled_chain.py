@@ -29,7 +29,7 @@ from pyro_em.posteriors.scales.scaled_gaussian import ScaledGaussian
 from pyro_em.posteriors.states.gaussian_chain import GaussianChain
 from pyro_em.posteriors.states.state_solution import StateSolution
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.conjugate_beliefs import with_factor
+from pyro_em.updates.expectations.conjugate_beliefs import with_factor
 
 Arguments = Mapping[str, Tensor]
 

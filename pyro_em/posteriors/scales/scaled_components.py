@@ -13,15 +13,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyro_em.graph.conjugate_record import ConjugateRead, NotConjugate, refused
+from pyro_em.graph.conjugate_children.conjugate_record import ConjugateRead, NotConjugate, refused
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.graph.lines import Line
+from pyro_em.graph.gaussian_lines.lines import Line
 from pyro_em.posteriors.conjugates.conjugate import ConjugateBlock
 from pyro_em.posteriors.gaussians.gaussian import GaussianBlock
 from pyro_em.posteriors.gaussians.gaussian_sites import over_scope
 from pyro_em.posteriors.states.gaussian_chain import GaussianChain
-from pyro_em.updates.conjugate_beliefs import with_factor
-from pyro_em.updates.gaussian_rows import event_shape, is_matrix, rows_of
+from pyro_em.updates.expectations.conjugate_beliefs import with_factor
+from pyro_em.updates.expectations.gaussian_rows import event_shape, is_matrix, rows_of
 
 
 def pairs_alike(

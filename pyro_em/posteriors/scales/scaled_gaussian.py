@@ -18,7 +18,7 @@ from pyro_em.families.conjugate_kernels import matrix_of
 from pyro_em.posteriors.conjugates.conjugate_cells import ElementsRead
 from pyro_em.posteriors.conjugates.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.gaussians.integrated import Blocks, Solution
-from pyro_em.updates.linear_moments import LinearMoments
+from pyro_em.updates.expectations.linear_moments import LinearMoments
 
 
 @dataclass(frozen=True, eq=False)

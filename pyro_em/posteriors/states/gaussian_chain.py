@@ -19,7 +19,7 @@ from pyro_em.posteriors.states.state_layout import Stack, StateLayout
 from pyro_em.posteriors.states.state_numbers import StackNumbers, StateNumbers, numbers_of
 from pyro_em.posteriors.states.state_solution import StateSolution, solve
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.gaussian_rows import (
+from pyro_em.updates.expectations.gaussian_rows import (
     apart_rows,
     event_shape,
     is_matrix,

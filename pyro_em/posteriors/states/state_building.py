@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyro_em.graph.binding import Binding, joined
+from pyro_em.graph.bindings.binding import Binding, joined
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.lines import Line
+from pyro_em.graph.gaussian_lines.lines import Line
 from pyro_em.graph.stretches import Later
 from pyro_em.posteriors.gaussians.gaussian import GaussianBlock
 from pyro_em.posteriors.gaussians.gaussian_sites import dense_block, site_over, taken, with_offset

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_em.graph.binding import Binding
+from pyro_em.graph.bindings.binding import Binding
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.graph.lines import Line, Read
-from pyro_em.graph.series import Unrolling
+from pyro_em.graph.gaussian_lines.lines import Line, Read
 from pyro_em.graph.stretches import Later
+from pyro_em.graph.vectorised_loops.series import Unrolling
 from pyro_em.posteriors.gaussians.gaussian import GaussianBlock
 from pyro_em.posteriors.gaussians.gaussian_sites import (
     dense_block,

@@ -21,7 +21,7 @@ from pyro_em.posteriors.filters.kalman import disturbances, lagged_covariance, s
 from pyro_em.posteriors.filters.state_space import Smoothed
 from pyro_em.posteriors.states.state_layout import StateLayout
 from pyro_em.posteriors.states.state_numbers import StackNumbers, StateNumbers, numbers_of
-from pyro_em.updates.linear_moments import LinearMoments, linear_moments
+from pyro_em.updates.expectations.linear_moments import LinearMoments, linear_moments
 
 _LOG_TWO_PI_E = 1 + math.log(2 * math.pi)
 

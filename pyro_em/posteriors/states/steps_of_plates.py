@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_em.graph.binding import Binding
+from pyro_em.graph.bindings.binding import Binding
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.graph.lines import Line, Read
+from pyro_em.graph.gaussian_lines.lines import Line, Read
 from pyro_em.tracing.sites import Role
 
 _MOST = 16  # latents beside the chain's that all steps read

@@ -1,0 +1,181 @@
+"""EM steps on sums over the data.
+
+The parameters are plain values here; nothing is written until somebody can look. Whatever is out of
+the ordinary raises `Handover`: `pyro_em.fitting.steps.guarded` then takes a step through tables.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.densities.tying import Arguments
+from pyro_em.errors import Handover
+from pyro_em.fitting.steps.parted import Parted
+from pyro_em.fitting.steps.point import Point, SumsPoint, Values
+from pyro_em.plan.program import Program
+from pyro_em.posteriors.quick import QuickSteps
+from pyro_em.tracing.freed import keep_freed_memory, return_freed_memory
+from pyro_em.tracing.parameters import values_of
+from pyro_em.tracing.sites import Role
+from pyro_em.updates.expectations.statistics import Expectation
+
+_CELLS = 2**18  # of an argument that are looked at together
+
+
+class OnSums:
+    """EM steps of a block of latents that needs sums alone.
+
+    Args:
+        program: The model with its data.
+        block: The latents, with their E-step and the parameters' M-step.
+        data: The parts of the data; None where all are at hand.
+    """
+
+    def __init__(self, program: Program, block: QuickSteps, data: Parted | None = None) -> None:
+        self.program, self.block, self.data = program, block, data
+
+    @torch.inference_mode()
+    def e_step(self, values: Values | None = None, index: int = 0) -> SumsPoint:
+        """See `pyro_em.fitting.steps.em_map.EMMap.e_step`; nothing is written.
+
+        Raises:
+            Handover: If an E-step through tables has to look.
+        """
+        theta = self.block.theta
+        if values is None:
+            with torch.inference_mode(False):
+                values = values_of(self.program.graph.parameters)
+        try:
+            at = theta.enter(values)
+            expectation = self.expectation(at)
+        except torch.linalg.LinAlgError as error:
+            raise Handover from error
+        log_prior = theta.log_prior(at)
+        return self.point(at, expectation, log_prior, values)
+
+    def _alike(self, at: Any) -> Any:
+        """The same parameters in all processes, where there are several."""
+        if self.data is None or not self.data.has_others:
+            return at
+        if not self.data.is_known:
+            return self.data.over.alike(at)
+        # What the kernel holds beside parameters follows from them.
+        theta = self.block.theta
+        return theta.enter(self.data.over.alike(theta.values(at)))
+
+    def expectation(self, at: Any) -> Expectation:
+        """Sums over all data."""
+        if self.data is None or self.data.is_known:
+            return self.block.e_step(at)
+        values = self.block.theta.values(at)
+        return self.data.over.sum(lambda part: part.expectation(values))
+
+    def point(
+        self, at: Any, expectation: Expectation, log_prior: float, values: Values | None = None
+    ) -> SumsPoint:
+        """A point with its E-step."""
+        how = None if self.data is None else self.data.how
+        return SumsPoint(self.program, self.block, at, expectation, log_prior, values, how)
+
+    def m_step(self, at: Point) -> tuple[Values, float]:
+        """See `pyro_em.fitting.steps.em_map.EMMap.m_step`; nothing is written.
+
+        Raises:
+            Handover: If an M-step through tables has to look.
+        """
+        assert isinstance(at, SumsPoint)
+        try:
+            with torch.inference_mode():
+                after, gain = self.block.theta.m_step(at.at, at.expectation)
+                at.forget_rows()
+        except torch.linalg.LinAlgError as error:
+            raise Handover from error
+        # Outside, since tensors that are made in inference mode must not reach anybody.
+        values = self.block.theta.values(after)
+        return values if self.data is None else self.data.over.alike(values), at.objective + gain
+
+    @torch.inference_mode()
+    def step(self, at: Point, index: int = 0) -> tuple[SumsPoint, float]:
+        """See `pyro_em.fitting.steps.em_map.EMMap.step`; nothing is written.
+
+        Raises:
+            Handover: If a step through tables has to look.
+        """
+        assert isinstance(at, SumsPoint)
+        theta = self.block.theta
+        try:
+            after, gain = theta.m_step(at.at, at.expectation)
+            at.forget_rows()
+            after = self._alike(after)
+            expectation = self.expectation(after)
+        except torch.linalg.LinAlgError as error:
+            raise Handover from error
+        return self.point(after, expectation, theta.log_prior(after)), at.objective + gain
+
+
+def on_sums(program: Program, data: Parted | None = None) -> OnSums | None:
+    """The quick map of a program, or None where it has none; the plan says why.
+
+    Args:
+        program: The model with its data.
+        data: The parts of the data; None where all are at hand.
+    """
+    return_freed_memory(group.value for group in program.graph.groups)
+    block = program.kernel.block
+    if block is None or (data is not None and not data.is_quick):
+        return None
+    keep_freed_memory()
+    return OnSums(program, block, data)
+
+
+def tells_apart(at: SumsPoint) -> bool:
+    """Whether the components differ in an argument of what is observed."""
+    theta = at.block.theta
+    return any(
+        _differs(part, 1 + group.n_plates, 1 + len(group.sizes))
+        for group, evaluators in zip(theta.graph.groups, theta.evaluators, strict=True)
+        if group.observed
+        and group.role is not Role.POINT
+        and (group.mask is None or bool(group.mask.any()))
+        for a in evaluators.values()
+        if a.dtype.is_floating_point
+        for part in _parts(a, 1 + group.n_plates, at.values)
+    )
+
+
+def _parts(a: Arguments, lead: int, values: Values) -> Iterator[Tensor]:
+    """An argument at parameter values, some rows at a time where it has many numbers.
+
+    Args:
+        a: How it is computed.
+        lead: How many dimensions are members and plates.
+        values: The parameters.
+    """
+    along = max(range(lead), key=lambda d: a.shape[d])
+    rows = a.shape[along]
+    step = rows * _CELLS // max(math.prod(a.shape), 1)
+    if a.param is not None or step >= rows:
+        yield a.evaluate(values)
+        return
+    step = max(step, 1)
+    for begin in range(0, rows, step):
+        size = min(step, rows - begin)
+
+        def some(t: Tensor, begin: int = begin, size: int = size) -> Tensor:
+            return t.narrow(along, begin, size) if t.shape[along] > 1 else t
+
+        yield a.binding.mapped(some).evaluate(values)
+
+
+def _differs(argument: Tensor, first: int, dims: int) -> bool:
+    """Whether an argument differs between values of a latent."""
+    axes = [i for i in range(first, dims) if argument.shape[i] > 1]
+    if not axes:
+        return False
+    low, high = argument.amin(axes), argument.amax(axes)
+    return bool((high - low > 1e-6 * high.abs().clamp(min=1.0)).any())

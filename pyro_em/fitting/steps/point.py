@@ -1,0 +1,212 @@
+"""Points: parameter values with the E-step there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.errors import UsageError, message
+from pyro_em.plan.evaluation import Evaluation
+from pyro_em.plan.part import Made, Summary
+from pyro_em.plan.program import Program
+from pyro_em.posteriors.answers.posterior import Posterior
+from pyro_em.posteriors.quick import QuickSteps
+from pyro_em.tracing.turns import Alone
+from pyro_em.updates.expectations.statistics import Expectation
+
+Values = Mapping[str, Tensor]
+
+
+class Point:
+    """Where EM stands: some parameter values, and the E-step at them.
+
+    Attributes:
+        evaluation: The factors at the values.
+        q: The E-step there.
+        massless: Per parameter the components that had no mass in the M-step before.
+        objective: What EM raises: ELBO(q, θ), the evidence plus the log prior where q is exact.
+        log_evidence: log p(x; θ) in nats, where the E-step computed it.
+        noise: How far rounding may carry the objective, in nats, beyond that of a sum.
+    """
+
+    evaluation: Evaluation
+    q: Posterior
+    massless: Mapping[str, tuple[int, ...]]
+    objective: float
+    log_evidence: float | None
+    noise: float = 0.0
+
+
+class TracedPoint(Point):
+    """A point whose E-step kept tables of all cells.
+
+    Args:
+        values: Constrained parameter values by name.
+        evaluation: The factors there.
+        q: The E-step.
+        massless: Components without mass in the M-step before.
+
+    Attributes:
+        made: What it was made from, where somebody wants to know.
+    """
+
+    made: Made | None = None
+
+    def __init__(
+        self,
+        values: Values,
+        evaluation: Evaluation,
+        q: Posterior,
+        massless: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        self.values, self.evaluation, self.q = values, evaluation, q
+        assert q.bound is not None
+        self.objective, self.log_evidence = q.bound, q.log_evidence
+        self.massless = massless or {}
+
+
+class SumsPoint(Point):
+    """A point whose E-step kept sums alone: tables are made when somebody asks for them.
+
+    Args:
+        program: The model with its data.
+        block: What made the E-step.
+        at: The parameters, in the form of the E-step.
+        expectation: The E-step.
+        log_prior: Of point estimates, in nats.
+        values: All parameters by name, where they are known, and nobody writes them.
+        how: How the data are parted, in words; None where all are at hand.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        block: QuickSteps,
+        at: Any,
+        expectation: Expectation,
+        log_prior: float,
+        values: Values | None = None,
+        how: str | None = None,
+    ) -> None:
+        self.program, self.block, self.at, self.how = program, block, at, how
+        self._expectation: Expectation | None = expectation
+        self.log_prior = log_prior
+        self.log_evidence = expectation.log_evidence  # E-steps on sums are exact
+        self.objective = expectation.log_evidence + log_prior
+        self.massless = {}
+        self.noise = expectation.noise
+        if values is not None:
+            self.values = dict(values)
+
+    @property
+    def expectation(self) -> Expectation:
+        """The E-step; it is made again where it has been let go."""
+        if self._expectation is None:
+            with torch.inference_mode():
+                self._expectation = self.block.e_step(self.at)
+        return self._expectation
+
+    def forget_rows(self) -> None:
+        """Let go of an E-step that holds numbers of each row, once an M-step has read them.
+
+        The next E-step has as many, and nobody is likely to ask for these again.
+        """
+        if self._expectation is not None and self._expectation.holds_many:
+            self._expectation = None
+
+    @cached_property
+    def values(self) -> dict[str, Tensor]:
+        """All parameters by name."""
+        return self.block.theta.values(self.at)
+
+    def judged(self) -> TracedPoint:
+        """The same with tables, whose objective differs by rounding, on the data as they are."""
+        evaluation = self.program.evaluate(self.values)
+        q = self.program.posterior(evaluation)
+        return TracedPoint(self.values, evaluation, q, self.massless)
+
+    @cached_property
+    def evaluation(self) -> Evaluation:  # type: ignore[override]
+        """The factors at the values."""
+        self.program.require_unchanged("posterior")
+        with Alone("posterior"):
+            return self.program.evaluate(self.values)
+
+    @cached_property
+    def q(self) -> Posterior:  # type: ignore[override]
+        """The E-step there.
+
+        Raises:
+            UsageError: If the data come in parts.
+        """
+        if self.how is not None:
+            raise UsageError(no_posterior(self.how))
+        return self.program.posterior(self.evaluation)
+
+
+class PartsPoint(Point):
+    """A point whose data come in parts: what all of them say is known, and no tables.
+
+    Args:
+        values: Constrained parameter values by name.
+        made: What the E-step was made from, for another look at a part.
+        summary: What the E-step says.
+        how: How the data are parted, in words.
+    """
+
+    def __init__(self, values: Values, made: Made, summary: Summary, how: str) -> None:
+        self.values, self.made, self.how = values, made, how
+        self.objective, self.log_evidence = summary.bound, summary.log_evidence
+        self.log_prior = summary.bound - summary.log_evidence
+        self.massless = {}
+
+    @property
+    def q(self) -> Posterior:  # type: ignore[override]
+        """There is none of all data at once.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(no_posterior(self.how))
+
+
+def no_posterior(how: str) -> str:
+    """The sentence on a posterior of data in parts.
+
+    Args:
+        how: How the data are parted, in words.
+    """
+    return message(
+        "posterior",
+        f"the data of this fit were given {how}.",
+        "the posterior of all rows would be as large as all of the data",
+        ["ask for that of some rows: em.posterior(rows)"],
+    )
+
+
+class LeftPoint(Point):
+    """What is remembered of a point whose tables are not needed any more.
+
+    Args:
+        massless: Components without mass in the M-step before.
+        objective: What EM raises there, in nats.
+        log_evidence: log p(x; θ) in nats, where it was computed.
+    """
+
+    def __init__(
+        self,
+        massless: Mapping[str, tuple[int, ...]],
+        objective: float,
+        log_evidence: float | None,
+    ) -> None:
+        self.massless = massless
+        self.objective, self.log_evidence = objective, log_evidence
+
+    @classmethod
+    def of(cls, at: Point) -> LeftPoint:
+        """What is remembered of a point."""
+        return cls(at.massless, at.objective, at.log_evidence)

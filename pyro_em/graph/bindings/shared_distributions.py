@@ -1,0 +1,63 @@
+"""Steps of a loop that hold equal distributions hold one and the same, from the moment they are met.
+
+With its latents enumerated, each step of a chain of K states makes two tables of K × K anew, the one
+that it selects and the one that its distribution normalises. A distribution stands for another where
+nothing tells them apart: their class and their layout, the bits of their tensors, and the autograd
+graph of each tensor down to the parameters, with all that its operations saved (`outline`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_em.graph.bindings.signatures import outline
+from pyro_em.graph.forms import have_equal_bits, layout_of_distribution
+from pyro_em.tracing.lean import Aside
+from pyro_em.tracing.sites import tensors_of
+
+_LEAST = 256  # numbers in a distribution from which on it is shared
+_KINDS = 4  # of distributions of one form that are told apart
+
+
+class SharedDistributions:
+    """Gives sites of a run the distribution of an earlier site where it is the same."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, list[tuple[Distribution, list[Tensor]]]] = {}
+
+    def __call__(self, site: dict[str, Any], aside: Aside) -> None:
+        """Look at a site that has just been traced.
+
+        Args:
+            site: The site, which is changed.
+            aside: Opens a block whose operations are none of the model's.
+        """
+        fn = site["fn"]
+        if not isinstance(fn, Distribution):
+            return
+        tensors = list({id(t): t for t in tensors_of(fn)}.values())
+        if sum([t.numel() for t in tensors]) < _LEAST:
+            return
+        with aside(), torch.no_grad():
+            site["fn"] = self._first_like(fn, tensors)
+
+    def _first_like(self, fn: Distribution, tensors: list[Tensor]) -> Distribution:
+        """The first distribution that this one equals, which may be itself."""
+        layout = layout_of_distribution(fn)
+        graphs = [outline(t, {}) for t in tensors if t.requires_grad]
+        shown = [g for g in graphs if g is not None]
+        if layout is None or len(shown) < len(graphs):
+            return fn
+        numbers = [*tensors, *(saved for g in shown for saved in g[1])]
+        alike = self._known.setdefault((layout, *(g[0] for g in shown)), [])
+        for first, own in alike:
+            if all(map(have_equal_bits, own, numbers)):
+                return first
+        if len(alike) < _KINDS:
+            alike.append((fn, numbers))
+        return fn

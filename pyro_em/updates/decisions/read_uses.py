@@ -1,0 +1,169 @@
+"""How a parameter stands in an argument, for closed forms: its factor, its maps, its rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_em.distributions import bounds, is_real
+from pyro_em.families.family import CHOLESKY, IDENTITY, LOG_SIMPLEX, Rule
+from pyro_em.families.form import Form
+from pyro_em.graph.bindings.binding import PRODUCT, Binding, Selection
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.updates.update import Use, natural_factor
+
+
+def as_use(
+    graph: FactorGraph, g: int, argument: str, binding: Binding, name: str
+) -> tuple[Use | None, str]:
+    """A parameter in an argument as a closed form reads it, or None and why there is none."""
+    group = graph.groups[g]
+    assert group.family is not None
+    rule = group.family.rules.get(argument)
+    if rule is None:
+        return None, "no closed form is known for this argument"
+    selection = next(s for s in binding.selections if s.param == name)
+    multiple = group.family.multiples.get(argument)
+    if multiple is not None and _is_multiple(binding):
+        return Use(g, argument, selection, multiple, is_multiple=True), ""
+    if selection.factor is not None:
+        scalable = rule.kind.form.scales and rule.link.name == "identity"
+        if rule.kind.form.is_gram:
+            scalable = natural_factor(selection.factor, rule) is not None
+        if not scalable:
+            return None, "a factor multiplies it"
+    if rule.kind.is_location and any(m.has_pole for m in selection.maps):
+        return None, "its map has a pole, and a location may lie beyond it"
+    event = rule.kind.event_dim
+    if event:
+        problem = map_of_events(selection, rule)
+        if problem:
+            return None, problem
+        problem = whole_events(selection, graph.parameters[name].leaf, rule.kind.form)
+        if problem:
+            return None, problem
+    return Use(g, argument, selection, rule), ""
+
+
+def _is_multiple(binding: Binding) -> bool:
+    """Whether matrices are one number of a parameter each, times known matrices."""
+    if len(binding.selections) != 1 or binding.selections[0].factor is None:
+        return False
+    (selection,) = binding.selections
+    if selection.of_matrices or selection.index.dim() < 2:
+        return False
+    number = selection.index.amax((-2, -1), keepdim=True)
+    others = (selection.index < 0) & (number >= 0)
+    is_one = bool((others | (selection.index == number)).all())
+    return is_one and not bool((binding.constant[others] != 0).any())
+
+
+def is_end(graph: FactorGraph, g: int, name: str) -> bool:
+    """Whether a parameter at which a support ends has a closed form: the outermost data."""
+    group = graph.groups[g]
+    read = [(a, b) for a, b in group.bindings.items() if name in b.params]
+    for argument, binding in read:
+        if binding.how != "selection":
+            return False
+        use, _ = as_use(graph, g, argument, binding, name)
+        if use is None or use.rule.kind.form.end == 0:
+            return False
+    return bool(read)
+
+
+def map_of_events(selection: Selection, rule: Rule) -> str:
+    """Why the maps between rows or matrices and the argument have no closed form, or nothing."""
+    maps = [m.name for m in selection.maps]
+    if not maps or (maps == ["log"] and rule.link is LOG_SIMPLEX):
+        return ""
+    if maps == [PRODUCT.name] and rule.takes_products:
+        return ""
+    if selection.of_matrices:
+        return "a product of mapped matrices"
+    return "an elementwise map of whole rows"
+
+
+def _link(use: Use) -> str:
+    """The link from the natural value of rows or matrices to the parameter, by name."""
+    if use.selection.of_matrices:
+        return CHOLESKY.name
+    return IDENTITY.name if use.selection.maps else use.rule.link.name
+
+
+def whole_events(selection: Selection, parameter: Tensor, form: Form) -> str:
+    """Why a closed form cannot maximise over whole rows or matrices, or nothing: a selection may be one
+    that earlier runs have shown.
+    """
+    asked = (whole_events, parameter.shape, form.event_dim, form.is_row)
+    if asked not in selection.remembered:
+        selection.remembered[asked] = _not_one_to_one(selection.index, parameter, form)
+    return str(selection.remembered[asked])
+
+
+def _not_one_to_one(index: Tensor, parameter: Tensor, form: Form) -> str:
+    """Why the rows or matrices that are selected are not those of the parameter, or nothing."""
+    event = form.event_dim
+    if parameter.dim() < event or parameter.shape[-event:] != index.shape[-event:]:
+        return "only part of a row of the parameter is used"
+    size = math.prod(parameter.shape[-event:])
+    rows = (index[:1] if index.stride(0) == 0 else index).reshape(-1, size)
+    rows = rows[(rows >= 0).any(-1)]
+    if bool((rows < 0).any()):
+        return "a row is partly constant"
+    first = rows.min(-1).values
+    if bool((first % size != 0).any()):
+        return "its rows are not rows of the parameter"
+    offsets = rows - first.unsqueeze(-1)
+    if form.is_row:
+        offsets = offsets.sort(-1).values
+    expected = torch.arange(size, device=index.device)
+    if not bool((offsets == expected).all()):
+        return "its rows are not rows of the parameter"
+    return ""
+
+
+def disagreement(uses: Sequence[Use]) -> str:
+    """Why no closed form serves all uses of a parameter at once, or nothing."""
+    first = uses[0]
+    for u in uses[1:]:
+        if u.rule.kind is not first.rule.kind:
+            return f"it is a {first.rule.kind.value} here and a {u.rule.kind.value} there"
+        if u.rule.link.name != first.rule.link.name:
+            return f"it is a {first.argument} here and a {u.argument} there"
+        if [m.name for m in u.selection.maps] != [m.name for m in first.selection.maps]:
+            return "different maps of it are used"
+    return ""
+
+
+def why_outside(use: Use, constraint: constraints.Constraint) -> str:
+    """Why a solution may leave the parameter's constraint, or nothing."""
+    if is_real(constraint):
+        return ""
+    if use.rule.kind.event_dim == 0:
+        return "" if bounds(constraint) else f"its constraint {constraint} is no interval"
+    if use.rule.kind.form.stays_in(constraint, _link(use)):
+        return ""
+    return f"its constraint {constraint} may exclude the solution"
+
+
+def shown_places(graph: FactorGraph, uses: Sequence[Use]) -> str:
+    """How a parameter is used, in a plan's words."""
+    selected: dict[str, None] = {}
+    out: dict[str, None] = {}
+    for use in uses:
+        group = graph.groups[use.group]
+        where = f"{group.distribution}.{use.argument}"
+        if use.is_multiple:
+            out[f"{where} is a known matrix times it"] = None
+        elif use.selection.of_matrices:
+            out[f"{where} is its product with its transpose"] = None
+        elif group.matrix and use.argument != "loc":
+            out[f"{group.distribution}.{group.matrix} has it on its diagonal"] = None
+        else:
+            selected[where] = None
+    first = [", ".join(selected) + " selects it"] if selected else []
+    return "; ".join([*first, *out])

@@ -1,0 +1,165 @@
+"""The strongest update that is exact for one parameter, from every place where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyro_em.distributions import bounds, is_real, is_simplex
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.updates.closed_forms.met_ends import pair_at
+from pyro_em.updates.decisions.appearances import Appearances
+from pyro_em.updates.decisions.read_priors import why_not_conjugate
+from pyro_em.updates.decisions.read_uses import disagreement, shown_places, why_outside
+from pyro_em.updates.regressions.coefficient_priors import is_quadratic, is_smooth
+from pyro_em.updates.regressions.predictors import predictor_binding
+from pyro_em.updates.update import (
+    ClosedForm,
+    Fixed,
+    Gradient,
+    LeastSquares,
+    Newton,
+    NewtonOnProfile,
+    NewtonOnSums,
+    ParameterUpdate,
+    Prior,
+    Use,
+)
+
+_NO_PRIOR = "its prior is not Normal with known numbers"
+
+
+def strongest_update(graph: FactorGraph, name: str, *, together: bool = True) -> ParameterUpdate:
+    """The strongest update of a parameter, with the reason; nothing is evaluated.
+
+    Args:
+        graph: The factor graph.
+        name: The parameter.
+        together: Whether arguments in which several parameters meet may be solved for with all others
+            of their density.
+    """
+    if not graph.parameters[name].unconstrained.is_floating_point():
+        return ParameterUpdate(name, Fixed(), "it holds integers")
+    pair = pair_at(graph, name) if any(name in group.edges for group in graph.groups) else None
+    if pair is not None:
+        made = " and ".join(pair.params)
+        names = f"Uniform.low and Uniform.high are made of {made} (smallest and largest value)"
+        return ParameterUpdate(name, ClosedForm(), names, block=pair.params, is_met_end=True)
+    found = Appearances.of(graph, name, together)
+    if not found.is_used:
+        return ParameterUpdate(name, Fixed(), "no factor depends on it")
+    if found.weakest:
+        return ParameterUpdate(name, Gradient(), found.weakest)
+    if found.joint or found.meeting or (found.beside and not found.has_others):
+        return _jointly(found)
+    if found.degrees:
+        return _of_degrees(found)
+    uses = (*found.uses, *(use for _, use in found.beside))
+    if found.is_curved:
+        return _of_predictors(found, uses)
+    if found.is_affine:
+        return _of_lines(found, uses)
+    return _in_closed_form(found, uses)
+
+
+def _jointly(found: Appearances) -> ParameterUpdate:
+    """The update of a parameter in densities whose sums give the joint maximiser of all arguments."""
+    name, constraint = found.name, found.graph.parameters[found.name].constraint
+    selected = [*found.joint, *(place for place, _ in found.beside)]
+    if found.has_others:
+        return ParameterUpdate(name, Gradient(), "it has a prior, or is something else besides")
+    if bounds(constraint) is None and (selected or not is_simplex(constraint)):
+        return ParameterUpdate(name, Gradient(), f"its constraint {constraint} is no interval")
+    shown = list(dict.fromkeys(found.meeting or selected))
+    how = "selects it"
+    if found.meeting:
+        how = "is a function of it" if len(shown) == 1 else "are functions of it"
+    reason = f"{', '.join(shown)} {how}; sums over the data suffice"
+    return ParameterUpdate(name, NewtonOnSums(), reason)
+
+
+def _of_degrees(found: Appearances) -> ParameterUpdate:
+    """The update of degrees of freedom."""
+    name, constraint = found.name, found.graph.parameters[found.name].constraint
+    if found.has_others:
+        return ParameterUpdate(name, Gradient(), "it is something else besides, or has a prior")
+    if bounds(constraint) is None:
+        return ParameterUpdate(name, Gradient(), f"its constraint {constraint} is no interval")
+    reason = f"{', '.join(dict.fromkeys(found.degrees))} selects it; sums over the data suffice"
+    return ParameterUpdate(name, NewtonOnProfile(), reason)
+
+
+def _of_predictors(found: Appearances, uses: Sequence[Use]) -> ParameterUpdate:
+    """The update of a coefficient of predictors, beside which it may be selected as it stands."""
+    graph, name, priors = found.graph, found.name, tuple(found.priors)
+    real = is_real(graph.parameters[name].constraint)
+    if found.is_affine or not all(_has_predictor(graph, u) for u in uses):
+        reason = "it is a coefficient of a predictor and something else besides"
+        return ParameterUpdate(name, Gradient(), reason, priors=priors, is_mixed=True)
+    fits = is_quadratic if real else is_smooth
+    if not all(fits(graph, p) for p in priors):
+        return ParameterUpdate(name, Gradient(), _NO_PRIOR)
+    named = tuple(dict.fromkeys(found.predicted))
+    what, has = " and ".join(named), "has" if len(named) == 1 else "have"
+    if not real:
+        what += f" {has} a predictor with its logarithm"
+    elif all(p.endswith("logits") for p in named):
+        what += f" {'is' if len(named) == 1 else 'are'} linear in it{_while(graph, name)}"
+    else:
+        what += f" {has} a predictor that is linear in it"
+    return ParameterUpdate(name, Newton(), what + _with(graph, priors), priors=priors)
+
+
+def _of_lines(found: Appearances, uses: Sequence[Use]) -> ParameterUpdate:
+    """The update of a coefficient of means, beside which it may be a mean as it stands."""
+    graph, name, priors = found.graph, found.name, tuple(found.priors)
+    if not all(u.rule.kind.form.is_regressed and not u.selection.maps for u in uses):
+        reason = "it is a coefficient and something else besides"
+        return ParameterUpdate(name, Gradient(), reason, priors=priors, is_mixed=True)
+    if not all(is_quadratic(graph, p) for p in priors):
+        return ParameterUpdate(name, Gradient(), _NO_PRIOR)
+    reason = f"loc is affine in it{_while(graph, name)}" + _with(graph, priors)
+    return ParameterUpdate(name, LeastSquares(), reason, priors=priors)
+
+
+def _in_closed_form(found: Appearances, uses: Sequence[Use]) -> ParameterUpdate:
+    """The update of a parameter that is selected wherever it stands, if one rule fits all places."""
+    graph, name, priors = found.graph, found.name, tuple(found.priors)
+    if not uses:
+        of = next((graph.groups[p.group].members[0] for p in priors if p.argument), "")
+        reason = f"it is a hyperparameter of '{of}'" if of else "only priors depend on it"
+        return ParameterUpdate(name, Gradient(), reason)
+    problem = why_not_conjugate(graph, uses[0], priors)
+    if problem:
+        return ParameterUpdate(name, Gradient(), problem)
+    problem = disagreement(uses)
+    if problem:
+        return ParameterUpdate(name, Gradient(), problem, priors=priors, is_mixed=True)
+    problem = why_outside(uses[0], graph.parameters[name].constraint)
+    if problem:
+        return ParameterUpdate(name, Gradient(), problem)
+    kinds = {graph.groups[p.group].distribution for p in priors}
+    with_prior = ", with a prior: " + ", ".join(sorted(kinds)) if kinds else ""
+    reason = f"{shown_places(graph, uses)} ({uses[0].rule.kind.value}){with_prior}"
+    return ParameterUpdate(name, ClosedForm(), reason, tuple(uses), priors=priors)
+
+
+def _with(graph: FactorGraph, priors: Sequence[Prior]) -> str:
+    """What the plan says of priors of coefficients."""
+    names = dict.fromkeys(graph.groups[p.group].distribution for p in priors)
+    named = ["multivariate Normal" if n == "MultivariateNormal" else n for n in names]
+    return f", with a {' and a '.join(named)} prior" if named else ""
+
+
+def _has_predictor(graph: FactorGraph, use: Use) -> bool:
+    group = graph.groups[use.group]
+    return predictor_binding(group, use.argument, graph.parameters) is not None
+
+
+def _while(graph: FactorGraph, name: str) -> str:
+    """Which parameters multiply a coefficient, and so keep their values while it is solved for."""
+    bindings = [b for g in graph.groups for b in g.bindings.values() if b.pairs]
+    products = [pair for b in bindings for pair in b.pairs or () if name in pair]
+    others = dict.fromkeys(f"'{n}'" for pair in products for n in pair if n != name)
+    if not others:
+        return ""
+    return f" while {' and '.join(others)} {'has its value' if len(others) == 1 else 'have theirs'}"
