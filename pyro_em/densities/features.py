@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,14 +19,25 @@ class Counted:
     """Groups that every row reads: ℓ = Θ Φ with Θ = η[columns], and back N = R Φᵀ.
 
     Attributes:
-        phi: Features of the rows, in float64; in any layout of `counted`. # (P, rows)
+        few: Features of the rows, in float64; in any layout of `counted`. # (P, rows), or (P, values)
         columns: The elements of η. # (K, P)
         base: Σ h over all rows, once each. # (rows,)
+        codes: Which value each row is, where rows take few. # (rows,)
     """
 
-    phi: Tensor
+    few: Tensor
     columns: Tensor
     base: Tensor
+    codes: Tensor | None = None
+
+    @cached_property
+    def phi(self) -> Tensor:
+        """Features of the rows. # (P, rows)"""
+        return self.few if self.codes is None else self.few.index_select(1, self.codes)
+
+    def laid_out(self) -> Counted:
+        """The same with the features of each row, one after the other."""
+        return Counted(self.phi.contiguous(), self.columns, self.base)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,24 +103,29 @@ def counted(
     if base.shape[lead] != 1:
         return None
     h = _where_counted(base, weight).squeeze(lead).expand(sizes)
+    codes = features[0].codes if members_are_rows and weight is None else None
+    if codes is not None:
+        codes = codes.squeeze(tuple(range(lead, codes.dim()))).expand(sizes).reshape(-1)
+        few = [len(features[0].few), *(1,) * group.n_plates]
     if not members_are_rows:
         h, sizes[0] = h.sum(0), 1
     phis, columns = [], []
     for part in features:
-        f, c = _weighted(part.f, weight), part.columns
+        f, c = _weighted(part.f, weight) if codes is None else part.few, part.columns
         if not members_are_rows:
             f = f.expand(len(group.members), *f.shape[1:])
             f, c = (t.movedim(0, lead).unsqueeze(0) for t in (f, c))
         if f.shape[lead] != 1 or any(size != 1 for size in c.shape[:lead]):
             return None
-        f = f.expand(*sizes, *f.shape[lead:]).squeeze(lead)
+        read = sizes if codes is None else few
+        f = f.expand(*read, *f.shape[lead:]).squeeze(lead)
         axes = [lead + i for i, size in enumerate(c.shape[lead + 1 :]) if size == 1]
         if axes:  # data that read the same element
             f = f.sum(axes, keepdim=True)
-        phis.append(f.reshape(math.prod(sizes), -1).T)
+        phis.append(f.reshape(math.prod(read), -1).T)
         columns.append(c.reshape(c.shape[lead], -1).expand(K, -1))
     phi = phis[0] if len(phis) == 1 else torch.cat(phis)
-    return Counted(phi, torch.cat(columns, 1), h.reshape(-1))
+    return Counted(phi, torch.cat(columns, 1), h.reshape(-1), codes)
 
 
 def merged(parts: Sequence[Counted]) -> Counted:
@@ -210,15 +227,17 @@ class Lookup:
 
 def as_lookup(part: Counted) -> Lookup | None:
     """The lookup that rows are, or None where a row has other features than one that is one."""
-    rows = part.phi.T
+    rows = part.few.T
     if not rows.numel():
         return None
-    S = len(part.phi)
+    S = len(part.few)
     index = (rows @ torch.arange(S).to(rows)).long().clamp_(0, S - 1)
     is_one = rows.gather(1, index.unsqueeze(1)).squeeze(1) == 1
     if int(rows.count_nonzero()) != int(is_one.sum()):
         return None
     is_whole = bool(is_one.all())
     index = index if is_whole else torch.where(is_one, index, S)
+    if part.codes is not None:
+        index = index.index_select(0, part.codes)
     often = torch.bincount(index, minlength=S if is_whole else S + 1).to(torch.float64)
     return Lookup(index, often, part.columns.T.contiguous())

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pyro_em.densities.symbols import with_values_once
 from pyro_em.families.family import IDENTITY, Rule, main_rule
 from pyro_em.families.forms import Kind
 from pyro_em.graph.factors import Group
@@ -41,9 +42,12 @@ class Linear:
     Attributes:
         argument: The argument.
         rule: Its rule.
-        n: Numerators of each datum. # (members, *sizes or 1s, *to_event, *event)
+        n: Numerators of each datum, or of each value that occurs where there are codes.
+            # (members, *sizes or 1s, *to_event, *event), or (values, *1s, *event)
         d: Denominators; of a simplex unused. # like n
-        base: h. # (members, *sizes or 1s)
+        base: h. # (members, *sizes or 1s), or (values, *1s)
+        codes: Which value each datum is, where data take few (`symbols`).
+            # (members, *sizes or 1s)
         is_remembered: Whether later runs of the model meet the same object (`linear`).
     """
 
@@ -52,6 +56,7 @@ class Linear:
     n: Tensor
     d: Tensor
     base: Tensor
+    codes: Tensor | None = None
     is_remembered: bool = False
 
 
@@ -104,7 +109,9 @@ def linear(group: Group) -> Linear | None:
 
 def _linear(group: Group, name: str, rule: Rule) -> Linear | None:
     """The linear form of a group in one of its arguments; None where it does not hold."""
-    event = rule.kind.event_dim
+    event, codes = rule.kind.event_dim, None
+    if (once := with_values_once(group)) is not None:
+        group, codes = once
     constants = {
         n: _narrow(a.detach(), 1 + group.n_plates, 1 + len(group.sizes))
         for n, a in group.arguments.items()
@@ -131,7 +138,7 @@ def _linear(group: Group, name: str, rule: Rule) -> Linear | None:
         observed = [torch.where(group.mask, base, 0.0) for base in bases]
     if not torch.allclose(observed[0], observed[1], rtol=1e-9, atol=1e-9):
         return None
-    return Linear(name, rule, n, d, bases[0])
+    return Linear(name, rule, n, d, bases[0], codes)
 
 
 def _narrow(constant: Tensor, first: int, end: int) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.densities.linear import KINDS, Linear, linear, main_argument
+from pyro_em.densities.symbols import spread
 from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
 from pyro_em.families.form import Form
@@ -208,12 +209,20 @@ class Feature:
     """A feature of one group's data and the elements of η that it multiplies.
 
     Attributes:
-        f: # (members, *sizes or 1s, *to_event, *event)
+        few: The feature of each datum, # (members, *sizes or 1s, *to_event, *event), or of each value
+            that occurs where there are codes. # (values, *1s, *event)
         columns: # (members or 1, *sizes or 1s, *to_event or 1s, *event)
+        codes: Which value each datum is. # (members, *sizes or 1s)
     """
 
-    f: Tensor
+    few: Tensor
     columns: Tensor
+    codes: Tensor | None = None
+
+    @property
+    def f(self) -> Tensor:
+        """The feature of each datum. # (members, *sizes or 1s, *to_event, *event)"""
+        return spread(self.few, self.codes)
 
 
 # Per linear group its features and its base measure h. # (members, *sizes or 1s)
@@ -282,7 +291,10 @@ def _naturals(
             place = torch.where(s.index >= 0, s.index + starts[s.param], place)
         place = torch.where(place < 0, constants, place)
         listed = _features(form.rule.kind.form, form.n, form.d, place, pairs, rates)
-        features[g] = (listed, form.base)
+        features[g] = (
+            [replace(part, codes=form.codes) for part in listed],
+            spread(form.base, form.codes),
+        )
     read = [f.columns.reshape(-1) for listed, _ in features.values() for f in listed]
     return _layout(segments, torch.cat(read), coarse.pop(), device), features
 

@@ -18,6 +18,8 @@ from pyro_em.tracing.sites import Role
 from pyro_em.updates.expectations.statistics import as_float64
 from pyro_em.updates.update import ParameterUpdate
 
+_FEW, _MANY = 8, 2**10  # members that are looked at before all are, where there are many
+
 
 def collapsed(graph: FactorGraph) -> FactorGraph:
     """The graph with the leading dimension of each tensor of size one where all members agree.
@@ -115,7 +117,15 @@ def _collapsed_binding(binding: Binding) -> Binding:
 
 
 def _is_same(tensor: Tensor) -> bool:
-    return tensor.shape[0] == 1 or bool((tensor == tensor[:1]).all())
+    """Whether all members are as the first, which NaN is not; of many, the first few may say no."""
+    if tensor.shape[0] == 1:
+        return True
+    if tensor.stride(0) == 0:  # one, expanded
+        tensor = tensor[:1]
+    first = tensor[:1]
+    if len(tensor) > _MANY and not bool((tensor[:_FEW] == first).all()):
+        return False
+    return bool((tensor == first).all())
 
 
 def _first_if_same(tensor: Tensor) -> Tensor:

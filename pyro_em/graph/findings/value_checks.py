@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_em.distributions import broadcast_shape, element_mask, is_finite, is_real, unwrap
 from pyro_em.errors import DataError, Finding
@@ -16,6 +17,9 @@ from pyro_em.graph.failing.failing_words import CONVERTED_NAN, NAN_CONVERTED, OF
 from pyro_em.graph.findings.initial import start_problem
 from pyro_em.incomplete import may_hold_nan
 from pyro_em.tracing.runs import Run
+
+# Supports that are all whole numbers between their bounds.
+_WHOLE = (constraints.integer_interval, type(constraints.nonnegative_integer))
 
 
 def parameter_problems(run: Run) -> list[Finding]:
@@ -229,7 +233,7 @@ def data_problems(
     try:
         # Element by element, as masks are.
         support = fn.support if mask is None else base.support
-        if has_ends and is_real(support):
+        if has_ends and _is_inside(support, value, low, high):
             return []
         inside = support.check(value)
     except (NotImplementedError, AttributeError, RuntimeError):
@@ -237,6 +241,21 @@ def data_problems(
     if isinstance(mask, Tensor):
         inside = inside | ~mask
     return [] if bool(inside.all()) else [_outside(where, site, ~inside)]
+
+
+def _is_inside(support: constraints.Constraint, value: Tensor, low: float, high: float) -> bool:
+    """Whether the least and the greatest number of a value show that all are in a support."""
+    if is_real(support):
+        return True
+    if value.is_floating_point() or not -(2**53) < low <= high < 2**53:
+        return False
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    least = getattr(support, "lower_bound", -math.inf)
+    most = getattr(support, "upper_bound", math.inf)
+    if type(support) not in _WHOLE or isinstance(least, Tensor) or isinstance(most, Tensor):
+        return False
+    return bool(least <= low and high <= most)
 
 
 def _no_tensor(where: str, value: object) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -96,7 +97,7 @@ class ChainForm:
 
     names: Sequence[str]
     couples: int
-    unary: Mapping[int, Tensor]
+    unary: Mapping[int, range | Tensor]
     free: tuple[int, ...]
 
 
@@ -107,7 +108,8 @@ def chain_form(graph: FactorGraph) -> ChainForm | None:
     if stem is None:
         return None
     T = len(latents)
-    couples, unary, free = [], {}, []
+    couples, free = [], []
+    unary: dict[int, range | Tensor] = {}
     for g, group in enumerate(graph.groups):
         if group.role is Role.POINT:
             continue
@@ -121,7 +123,7 @@ def chain_form(graph: FactorGraph) -> ChainForm | None:
         if degree == {0}:
             free.append(g)
         elif degree == {1}:
-            unary[g] = torch.cat([torch.arange(r.start, r.stop) for (r,) in own])
+            unary[g] = _joined([r for (r,) in own])
         elif own == [(range(T - 1), range(1, T))]:
             couples.append(g)
         else:
@@ -129,6 +131,13 @@ def chain_form(graph: FactorGraph) -> ChainForm | None:
     if len(couples) != 1 or T < 3:
         return None
     return ChainForm(names_of(latents), couples[0], unary, tuple(free))
+
+
+def _joined(ranges: Sequence[range]) -> range | Tensor:
+    """Ranges one after the other; a single range where they are one."""
+    if all(a.stop == b.start for a, b in itertools.pairwise(ranges)):
+        return range(ranges[0].start, ranges[-1].stop)
+    return torch.cat([torch.arange(r.start, r.stop) for r in ranges])
 
 
 def _steps_read(stretch: Stretch, stem: Stem, T: int) -> tuple[range, ...] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -103,8 +103,7 @@ class StepGroups:
         others: list[int] = []
         for g, places in unary.items():
             K = sizes[g]
-            at = torch.as_tensor(places, device=groups[g].value.device)
-            steps[g] = None if len(at) == T and is_in_order(at) else at
+            steps[g] = _steps_read(places, T, groups[g].value.device)
             if g in linears and _reads_no_row(groups[g]):
                 tables[g] = cells(groups[g], *linears[g])
             elif g in linears:
@@ -144,8 +143,7 @@ class StepGroups:
         found = {} if self.lanes else {g: as_lookup(part) for g, part in self.linear.items()}
         self.lookups = {g: lookup for g, lookup in found.items() if lookup is not None}
         self.linear = {
-            g: part if g in self.lookups else replace(part, phi=part.phi.contiguous())
-            for g, part in self.linear.items()
+            g: part if g in self.lookups else part.laid_out() for g, part in self.linear.items()
         }
         self.base = sum(k.base for k in self.known.values())
         self.base += sum(float(c.base.sum()) for c in self.linear.values())
@@ -292,6 +290,16 @@ class StepGroups:
         if self.graph.groups[g].mask is None:
             return table
         return torch.where(mask_of(self.graph.groups[g]), table, 0.0)
+
+
+def _steps_read(places: Sequence[int] | Tensor, T: int, device: torch.device) -> Tensor | None:
+    """At which steps members read a state; None for 0, 1, 2, … to the last."""
+    if isinstance(places, range):
+        every = range(T)
+        at = None if places == every else torch.arange(places.start, places.stop, device=device)
+        return at
+    at = torch.as_tensor(places, device=device)
+    return None if len(at) == T and is_in_order(at) else at
 
 
 def mask_of(group: Group) -> Tensor:

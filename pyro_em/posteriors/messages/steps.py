@@ -104,7 +104,10 @@ def _of_pattern(graph: FactorGraph, form: ChainForm) -> Steps | None:
         T,
         first.size,
         (Couple(form.couples, tuple(range(T - 1)), False),),
-        tuple((g, tuple(places.tolist())) for g, places in form.unary.items()),
+        tuple(
+            (g, tuple(places if isinstance(places, range) else places.tolist()))
+            for g, places in form.unary.items()
+        ),
         form.free,
     )
 
