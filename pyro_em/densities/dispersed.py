@@ -30,6 +30,7 @@ from pyro_em.densities.affine_rows import (
 from pyro_em.densities.predicted import CELLS, Predicted, PredictedFit, Values
 from pyro_em.densities.ridge import Ridge, are_read_elsewhere, may_be_ridge
 from pyro_em.errors import Handover
+from pyro_em.families import saddle_point
 from pyro_em.families.predicted import GAMMA, digamma_rise, log_rising, trigamma_rise
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.updates.regressions.coefficients import FAR
@@ -203,6 +204,8 @@ class GammaRows(DispersedRows):
 
     def _at(self, beta: Tensor) -> DispersedFit:
         s = self._shape(self._slopes(beta))
+        if saddle_point.is_large(s):
+            raise Handover
         return DispersedFit(beta, s, -s.lgamma().unsqueeze(-1))
 
     def log_density(self, fit: PredictedFit, features: slice, onto: Tensor | None = None) -> Tensor:
@@ -327,6 +330,8 @@ def as_dispersed(
     logs = {name for b in found.bindings.values() for name in b.logs}
     is_log = [torch.full((values[n].numel(),), n in logs, device=x.device) for n in block]
     y = by_row(group.value, group.value.shape[:lead], rows).reshape(-1)
+    if group.distribution != "Gamma" and saddle_point.is_large(y):
+        return None
     parameters = tuple(held(p, values) for p in block)
     own = (x, columns, parameters, y, offset, shape[1], torch.cat(is_log))
     ridge = Ridge.of(block, graph, updates, values)

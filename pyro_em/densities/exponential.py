@@ -18,6 +18,8 @@ from torch import Tensor
 from pyro_em.densities.compiled import Loop, Numbers, as_numbers
 from pyro_em.densities.density import PlainRows
 from pyro_em.densities.plain_rows import count_of_rows
+from pyro_em.errors import Handover
+from pyro_em.families import saddle_point
 from pyro_em.families.family import Family, Statistics
 from pyro_em.graph.factors import Group
 
@@ -76,10 +78,16 @@ class Exponential(PlainRows):
         return math.prod(self.shape) * (self.parts + (self.elements is not None))
 
     def prepare(self, arguments: Mapping[str, Tensor]) -> Coefficients:
-        """Coefficients at some arguments."""
+        """Coefficients at some arguments.
+
+        Raises:
+            Handover: If a shape is so large that products with statistics would cancel.
+        """
         form = self.family.natural
         assert form is not None and form.coefficients is not None
         wide = {name: a.to(torch.float64) for name, a in arguments.items()}
+        if any(saddle_point.is_large(wide[name]) for name in form.shapes):
+            raise Handover
         found = form.coefficients(wide, self.parts)
         found = found.reshape(found.shape[self.lead :]).expand(self.K, *self.shape, self.parts + 1)
         if self.elements is not None:

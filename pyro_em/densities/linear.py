@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.densities.symbols import with_values_once
+from pyro_em.families import saddle_point
 from pyro_em.families.family import IDENTITY, Rule, main_rule
 from pyro_em.families.forms import Kind
 from pyro_em.graph.factors import Group
@@ -107,6 +108,11 @@ def linear(group: Group) -> Linear | None:
     return found  # type: ignore[no-any-return]
 
 
+def would_cancel(kind: Kind, n: Tensor, d: Tensor) -> bool:
+    """Whether data are so large that products of n and d with logarithms lose what is left of them."""
+    return saddle_point.is_large(n) or (kind.form.has_complement and saddle_point.is_large(d))
+
+
 def _linear(group: Group, name: str, rule: Rule) -> Linear | None:
     """The linear form of a group in one of its arguments; None where it does not hold."""
     event, codes = rule.kind.event_dim, None
@@ -127,6 +133,8 @@ def _linear(group: Group, name: str, rule: Rule) -> Linear | None:
     if n.dim() != batch + event or d.dim() != batch + event:
         return None
     n, d = n.to(torch.float64), d.to(torch.float64)
+    if group.observed and would_cancel(rule.kind, n, d):
+        return None
     if event == 0:
         n, d = torch.broadcast_tensors(n, d)
     if group.elements is not None:

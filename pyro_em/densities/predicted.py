@@ -30,6 +30,7 @@ from pyro_em.densities.affine_rows import (
     of_rows,
 )
 from pyro_em.densities.density import KeepsRows, PlainRows
+from pyro_em.densities.linear import would_cancel
 from pyro_em.densities.pairs import products, unfolding, upper_pairs
 from pyro_em.densities.ridge import Ridge, WithRidge
 from pyro_em.errors import Handover
@@ -432,6 +433,8 @@ def _of_some_rows(
     n, d = predictor.rule.contribution({**statistics, "weight": one}, arguments)
     like = predictor.binding.constant
     eta = like.new_zeros((1,) * batch + like.shape[batch:], dtype=torch.float64)
+    if would_cancel(predictor.rule.kind, n, d):
+        return None
     value = predictor.rule.kind.form.of_predictor(n.double(), d.double(), eta).value
     at = LINKS[link_of(family, predictor.argument) or ""].forward(eta)
     log_p = family.log_prob(group.value, {**arguments, predictor.argument: at})

@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_em.families import saddle_point
 from pyro_em.families.family import LOG_SIMPLEX, LOGIT, Arguments, Family, Rule, Statistics
 from pyro_em.families.forms import Kind
 
@@ -50,6 +51,8 @@ def _one_hot_log_density(value: Tensor, arguments: Arguments) -> Tensor:
 
 
 def _multinomial_log_density(value: Tensor, arguments: Arguments) -> Tensor:
+    if saddle_point.is_large(value):
+        return saddle_point.multinomial(value, _log_probs(arguments).exp())
     coefficient = (value.sum(-1) + 1).lgamma() - (value + 1).lgamma().sum(-1)
     return coefficient + _multiply(value, _log_probs(arguments)).sum(-1)
 
@@ -71,6 +74,12 @@ def _bernoulli_log_density(value: Tensor, arguments: Arguments) -> Tensor:
 def _binomial_log_density(value: Tensor, arguments: Arguments) -> Tensor:
     log_p, log_q = _log_odds(arguments)
     n = arguments["total_count"]
+    if saddle_point.is_large(n):
+        inside = (value >= 0) & (value <= n)
+        x = torch.where(inside, value, 0)
+        return torch.where(
+            inside, saddle_point.successes(x, n, log_p.exp(), log_q.exp()), -torch.inf
+        )
     coefficient = (n + 1).lgamma() - (value + 1).lgamma() - (n - value + 1).lgamma()
     density = coefficient + _multiply(value, log_p) + _multiply(n - value, log_q)
     return torch.where((value < 0) | (value > n), -torch.inf, density)

@@ -21,7 +21,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_em.families import maxima
+from pyro_em.families import maxima, saddle_point
 from pyro_em.families.family import Arguments, Family, NaturalForm, Statistics
 from pyro_em.families.predicted import GAMMA
 
@@ -40,6 +40,35 @@ def _together(*parts: Tensor) -> Tensor:
 
 def _gamma_normaliser(shape: Tensor, rate: Tensor) -> Tensor:
     return shape * rate.log() - shape.lgamma()
+
+
+def _gamma_log_density(x: Tensor, a: Arguments) -> Tensor:
+    shape, rate = a["concentration"], a["rate"]
+    if saddle_point.is_large(shape):
+        return saddle_point.gamma(x, shape, rate)
+    return dist.Gamma(shape, rate, validate_args=False).log_prob(x)
+
+
+def _inverse_gamma_log_density(x: Tensor, a: Arguments) -> Tensor:
+    shape, rate = a["concentration"], a["rate"]
+    if saddle_point.is_large(shape):
+        return saddle_point.gamma(x.reciprocal(), shape, rate) - 2 * x.log()
+    return dist.InverseGamma(shape, rate, validate_args=False).log_prob(x)
+
+
+def _beta_log_density(x: Tensor, a: Arguments) -> Tensor:
+    alpha = _together(a["concentration1"], a["concentration0"])
+    if saddle_point.is_large(alpha):
+        return saddle_point.dirichlet(_together(x, 1 - x), alpha)
+    one, zero = alpha.unbind(-1)
+    return dist.Beta(one, zero, validate_args=False).log_prob(x)
+
+
+def _dirichlet_log_density(x: Tensor, a: Arguments) -> Tensor:
+    alpha = a["concentration"]
+    if saddle_point.is_large(alpha):
+        return saddle_point.dirichlet(x, alpha)
+    return dist.Dirichlet(alpha, validate_args=False).log_prob(x)
 
 
 def _gamma_statistics(x: Tensor, a: Arguments) -> Statistics:
@@ -170,8 +199,13 @@ FAMILIES = (
         dist.Gamma,
         _gamma_statistics,
         {},
+        log_density=_gamma_log_density,
         natural=NaturalForm(
-            _SHAPE_AND_RATE, _gamma_coefficients, _gamma_derivatives, maximum=maxima.gamma
+            _SHAPE_AND_RATE,
+            _gamma_coefficients,
+            _gamma_derivatives,
+            maximum=maxima.gamma,
+            shapes=("concentration",),
         ),
         predicted=GAMMA,
     ),
@@ -179,33 +213,39 @@ FAMILIES = (
         dist.InverseGamma,
         _inverse_gamma_statistics,
         {},
+        log_density=_inverse_gamma_log_density,
         natural=NaturalForm(
             _SHAPE_AND_RATE,
             _inverse_gamma_coefficients,
             _inverse_gamma_derivatives,
             maximum=maxima.inverse_gamma,
+            shapes=("concentration",),
         ),
     ),
     Family(
         dist.Beta,
         _beta_statistics,
         {},
+        log_density=_beta_log_density,
         natural=NaturalForm(
             ("concentration1", "concentration0"),
             _beta_coefficients,
             _beta_derivatives,
             maximum=_beta_maximum,
+            shapes=("concentration1", "concentration0"),
         ),
     ),
     Family(
         dist.Dirichlet,
         _dirichlet_statistics,
         {},
+        log_density=_dirichlet_log_density,
         natural=NaturalForm(
             ("concentration",),
             _dirichlet_coefficients,
             _dirichlet_derivatives,
             maximum=lambda s, a: maxima.dirichlet(s, a["concentration"]),
+            shapes=("concentration",),
         ),
         event_dim=1,
         event_dims={"concentration": 1},
@@ -216,7 +256,10 @@ FAMILIES = (
         {},
         log_density=_von_mises_log_density,
         natural=NaturalForm(
-            ("loc", "concentration"), _von_mises_coefficients, _von_mises_derivatives
+            ("loc", "concentration"),
+            _von_mises_coefficients,
+            _von_mises_derivatives,
+            shapes=("concentration",),
         ),
     ),
 )

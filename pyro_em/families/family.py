@@ -150,6 +150,7 @@ class NaturalForm:
             one argument after the other, where nothing else is asked of them; None where it is to be
             searched for. # (*cells, A)
         gathered: T(x) from the statistics of a family that names them otherwise.
+        shapes: Arguments with which, where they are large, products of T(x) and η cancel.
         reaches: Where sums hold near the references alone: whether they still tell the density at some
             arguments. # (*cells)
     """
@@ -160,6 +161,7 @@ class NaturalForm:
     of_counts: bool = False
     base: Callable[[Tensor], Tensor] | None = None
     references: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = ()
     is_augmented: bool = False
     spread: tuple[str, str] | None = None
     maximum: Callable[[Statistics, Arguments], Tensor | None] | None = None
@@ -264,6 +266,7 @@ class Family:
         accumulate: Replaces the weighted sum of ``statistics`` where the full T(x) must not be
             formed. Takes (weights, value, arguments, keep) like `weigh`.
         constants: Arguments that are never parameters (``total_count``).
+        plain: Arguments in which nothing is known of the density but its value.
         event_dim: Rightmost dimensions of one observation (1 for vectors).
         event_dims: Rightmost dimensions of one value of an argument that has no rule.
         additive: Whether statistics can be summed over parts of the data.
@@ -291,6 +294,7 @@ class Family:
     log_density: Callable[[Tensor, Arguments], Tensor] | None = None
     accumulate: Callable[[Tensor, Tensor, Arguments, tuple[bool, ...]], Statistics] | None = None
     constants: tuple[str, ...] = ()
+    plain: tuple[str, ...] = ()
     event_dim: int = 0
     event_dims: Mapping[str, int] = field(default_factory=dict)
     additive: bool = True

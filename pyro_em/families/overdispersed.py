@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from pyro_em.families import saddle_point
 from pyro_em.families.family import Arguments, Family, NaturalForm, Statistics
 from pyro_em.families.predicted import (
     GAMMA_POISSON,
@@ -134,6 +135,8 @@ def _base(x: Tensor) -> Tensor:
 def _log_density(name: str) -> Callable[[Tensor, Arguments], Tensor]:
     def density(x: Tensor, a: Arguments) -> Tensor:
         log_p, log_q = _log_odds(a)
+        if saddle_point.is_large(x):
+            return saddle_point.failures(x, a[name], log_p.exp(), log_q.exp())
         events = torch.where(x == 0, 0.0, x * log_p)
         return log_rising(a[name], x) + events + a[name] * log_q + _base(x)
 

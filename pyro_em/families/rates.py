@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_em.families import saddle_point
 from pyro_em.families.family import Arguments, Family, Rule, Statistics
 from pyro_em.families.forms import Kind
 
@@ -20,6 +21,8 @@ def _rate(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Tensor]:
 
 def _poisson_log_density(value: Tensor, arguments: Arguments) -> Tensor:
     rate = arguments["rate"]
+    if saddle_point.is_large(value):
+        return saddle_point.poisson(value, rate)
     positive = rate > 0
     log_rate = torch.where(positive, torch.where(positive, rate, 1.0).log(), -torch.inf)
     return torch.where(value == 0, 0.0, value * log_rate) - rate - (value + 1).lgamma()

@@ -18,6 +18,7 @@ import torch
 from pyro_em.distributions import unwrap
 from pyro_em.errors import UsageError, message
 from pyro_em.families import (
+    compound,
     discrete,
     exponential,
     missing,
@@ -39,6 +40,7 @@ REGISTRY: dict[type, Family] = {
         rates,
         exponential,
         overdispersed,
+        compound,
         student,
         one_sided,
         normal,
@@ -124,7 +126,7 @@ def given_arguments(fn: Any, family: Family) -> dict[str, torch.Tensor]:
     ``Bernoulli(probs=p)`` may hold lazily derived logits as well; only ``probs`` is returned.
     """
     natural = () if family.natural is None else family.natural.arguments
-    names = [*family.rules, *natural, *family.constants]
+    names = [*family.rules, *natural, *family.plain, *family.constants]
     if hasattr(fn, "_categorical"):  # OneHotCategorical and Multinomial wrap a Categorical
         inner = given_arguments(fn._categorical, REGISTRY[dist.Categorical])
         extra = {n: torch.as_tensor(getattr(fn, n)) for n in family.constants}

@@ -20,6 +20,7 @@ from pyro_em.tracing.runs import Run
 
 # Supports that are all whole numbers between their bounds.
 _WHOLE = (constraints.integer_interval, type(constraints.nonnegative_integer))
+_COUNTS = constraints.independent(constraints.nonnegative_integer, 1)
 
 
 def parameter_problems(run: Run) -> list[Finding]:
@@ -235,7 +236,9 @@ def data_problems(
         support = fn.support if mask is None else base.support
         if has_ends and _is_inside(support, value, low, high):
             return []
-        inside = support.check(value)
+        of_counts = isinstance(base, torch.distributions.Multinomial) and not base._validate_args
+        # Its density takes the total from the counts: `total_count` only bounds it, for those who ask.
+        inside = _COUNTS.check(value) if of_counts else support.check(value)
     except (NotImplementedError, AttributeError, RuntimeError):
         return []
     if isinstance(mask, Tensor):
@@ -318,13 +321,25 @@ def _converted_nan(where: str, site: Mapping[str, Any], converted: Tensor) -> Fi
 def _outside(where: str, site: Mapping[str, Any], outside: Tensor) -> Finding:
     """Values that the distribution cannot produce."""
     fn, value = site["fn"], site["value"]
+    base = unwrap(fn)[0]
     first = tuple(int(i) for i in outside.nonzero()[0])
+    why = f"its support is {fn.support}"
+    fixes: tuple[str, ...] = ("check the data", "choose a distribution whose support holds them")
+    if isinstance(base, torch.distributions.Multinomial):
+        most = base.total_count
+        why = f"its support holds vectors of counts whose sum is at most total_count={most}"
+        if bool(_COUNTS.check(value).all()):
+            total = int(value.sum(-1).max())
+            fixes = (
+                f"give the largest sum: Multinomial({total}, ...); the density takes each row's own",
+                "say that rows have sums of their own: Multinomial(..., validate_args=False)",
+            )
     return Finding(
         where,
         f"{int(outside.sum())} of {outside.numel()} observed values are outside the support of "
-        f"{type(unwrap(fn)[0]).__name__}, the first at index {first}.",
-        f"its support is {fn.support}",
-        ("check the data", "choose a distribution whose support holds them"),
+        f"{type(base).__name__}, the first at index {first}.",
+        why,
+        fixes,
         DataError,
         row=_row_of(site, value, first),
     )
