@@ -582,7 +582,7 @@ def test_gradients_where_no_latent_reads_another(monkeypatch: pytest.MonkeyPatch
         own = SiteNumbers(None, first.offset, spread)
         rows = SiteNumbers(data.value, data.offset, noise, data.coefficients, weight=data.weight)
         solution = solve(layout, [own, second, rows])
-        assert all(f.scale is not None for f in solution._factors)
+        assert all(f.scale is not None for f in solution._factor.dense)
         every = torch.arange(4)
         covariance = solution.covariance_of(0, every, 1, every % 2)
         return solution.log_evidence.sum(), covariance

@@ -288,10 +288,7 @@ def _chosen(block: GaussianBlock, wanted: int) -> list[list[Tensor]]:
     moments = 0
     for number in (-1, largest, *order):
         own = [(at == number).nonzero().reshape(-1) for at in layout.block_of_row]
-        own = [
-            rows if group.role is Role.GAUSSIAN else rows[:_ROWS]
-            for rows, group in zip(own, block.groups, strict=True)
-        ]
+        own = _looked_at(block, own)
         seen = _width(block, own)
         if seen:
             out.append(own)
@@ -299,6 +296,38 @@ def _chosen(block: GaussianBlock, wanted: int) -> list[list[Tensor]]:
         if moments > 4 * wanted + 50:
             break
     return out
+
+
+def _looked_at(block: GaussianBlock, rows: Sequence[Tensor]) -> list[Tensor]:
+    """Of the rows of a block some observed ones, and the latents that these read."""
+    out: list[Tensor] = []
+    needed: list[list[Tensor]] = [[] for _ in block.groups]
+    for i, (group, own) in reversed(list(enumerate(zip(block.groups, rows, strict=True)))):
+        if group.role is Role.GAUSSIAN:
+            own = own[torch.isin(own, torch.cat([own[:0], *needed[i]]))]
+        else:
+            own = _telling(own, [r.elements.to(own.device) for r in block.lines[i].reads])
+        for read in block.lines[i].reads:
+            elements = read.elements.to(own.device)[own]
+            needed[block.numbers_of_sites[read.latent]].append(elements)
+        out.insert(0, own)
+    return out
+
+
+def _telling(rows: Tensor, reads: Sequence[Tensor]) -> Tensor:
+    """Few rows of a site: of each latent that they read those of the elements of the most rows.
+
+    What tells a latent's spread from that of the data is how rows of one element covary.
+    """
+    if len(rows) <= _ROWS or len(reads) < 2:
+        return rows[:_ROWS]
+    each = -(-_ROWS // len(reads))
+    kept = []
+    for elements in reads:
+        own, counts = elements[rows].unique(return_inverse=True, return_counts=True)[1:]
+        order = (-counts[own] * len(counts) + own).argsort(stable=True)
+        kept.append(rows[order[:each]])
+    return torch.cat(kept).unique()
 
 
 def _moments(block: GaussianBlock, rows: list[Tensor], values: Mapping[str, Tensor]) -> Tensor:

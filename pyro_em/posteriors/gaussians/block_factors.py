@@ -10,7 +10,7 @@ where that is too much, R is taken from the rows themselves by a QR decompositio
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_em.posteriors.gaussians.block_places import Bucket
 from pyro_em.posteriors.gaussians.flat_reads import added, read_at
-from pyro_em.posteriors.gaussians.gaussian_layout import BlockLayout, Bucket
+from pyro_em.posteriors.gaussians.gaussian_layout import BlockLayout
 from pyro_em.posteriors.gaussians.site_rows import SiteRows, applied
 from pyro_em.posteriors.gaussians.square_root import square_root
 
 _MANY = 2**24  # numbers that the rows of one site may add to M at once
 
-_MOST = 2**27  # numbers that the rows of some blocks may take in all
+MOST = 2**27  # numbers that the rows of some blocks may take in all
 
 _EPSILON = 2.0**-53
 
@@ -131,7 +132,10 @@ def precision_of(layout: BlockLayout, rows: Sequence[SiteRows], cells: int) -> T
             for begin in range(0, n, step):
                 chunk = slice(begin, min(begin + step, n))
                 places.append(reading.pairs(chunk).reshape(-1))
-                terms.append(_gram(site, chunk).reshape(k, -1))
+                gram = _gram(site, chunk)
+                if reading.once is not None:
+                    gram = gram * reading.once
+                terms.append(gram.reshape(k, -1))
                 size += each * (chunk.stop - begin)
                 if size >= _MANY:
                     total = added(total.expand(k, -1), torch.cat(places), torch.cat(terms, 1))
@@ -169,7 +173,11 @@ def gradient_of(
 def substituted(
     layout: BlockLayout, bucket: Bucket, rows: Sequence[SiteRows], cells: int
 ) -> Tensor:
-    """T of the blocks of a bucket, from parents to children; zero in the padding. # (cells, B, d, d)"""
+    """T of the blocks of a bucket, from parents to children; zero in the padding.
+
+    Returns:
+        # (cells, B, d, d); of leaves T and, beside it, R. # (cells, J, p, p + q)
+    """
     of_latent: dict[int, Tensor] = {}  # rows of T. (·, n, q, d)
     for member in bucket.members:
         form, site = layout.sites[member.site], rows[member.site]
@@ -177,19 +185,28 @@ def substituted(
         L = site.spread if site.is_matrix else site.spread.diag_embed()
         L = _of_members(L, member.elements).expand(-1, n, -1, -1)
         places = member.positions[:, None, None] + torch.arange(q, device=layout.device)
-        T = L.new_zeros(L.shape[0], n, q, bucket.size)
+        T = L.new_zeros(L.shape[0], n, q, bucket.columns)
         T = T.scatter(-1, places.expand(L.shape[0], n, q, q), L)
         begin = 0
-        for term, parents in zip(form.terms, member.parents, strict=True):
-            end = begin + layout.sites[term.latent].width
+        for term, parents, at in zip(form.terms, member.parents, member.columns, strict=True):
+            width = layout.sites[term.latent].width
+            end = begin + width
             if parents is not None:
                 C = _of_members(site.coefficients[..., begin:end], member.elements)
                 T = T + C @ of_latent[term.latent][:, parents]
+            elif at is not None:  # of the core, whose unknowns have columns of their own
+                C = _of_members(site.coefficients[..., begin:end], member.elements)
+                C = C.expand(C.shape[0], n, q, width)
+                own = at[:, None, None] + torch.arange(width, device=layout.device)
+                T = T.expand(max(len(T), len(C)), -1, -1, -1)
+                C = C.expand(len(T), -1, -1, -1)
+                T = T.scatter_add(-1, own.expand(C.shape), C)
             begin = end
         of_latent[member.site] = T
     stacked = [T.expand(cells, -1, -1, -1).flatten(1, 2) for T in of_latent.values()]
-    stacked.append(stacked[0].new_zeros(cells, 1, bucket.size))  # what padding takes
-    shape = cells, bucket.count, bucket.size, bucket.size
+    none = torch.zeros(cells, 1, bucket.columns, dtype=torch.float64, device=layout.device)
+    stacked.append(none)  # what padding takes
+    shape = cells, bucket.count, bucket.size, bucket.columns
     return torch.cat(stacked, 1).index_select(1, bucket.order).reshape(shape)
 
 
@@ -206,11 +223,24 @@ def _scale_of(
 
 
 def factorized(
-    layout: BlockLayout, bucket: Bucket, rows: Sequence[SiteRows], T: Tensor, M: Tensor
+    layout: BlockLayout,
+    bucket: Bucket,
+    rows: Sequence[SiteRows],
+    T: Tensor,
+    M: Tensor,
+    said: Tensor,
+    from_rows: Callable[[Tensor], Tensor | None],
 ) -> BlockFactor:
     """Λ = I + Tᵀ M T and its factor, from the rows themselves where that would lose digits.
 
-    What rounding does to log|Λ| is about the size of the terms of Λ_ii relative to the pivots.
+    Args:
+        layout: The blocks.
+        bucket: Those of one size.
+        rows: The numbers of the sites.
+        T: # (cells, B, d, d)
+        M: # (cells|1, B, d, d)
+        said: The diagonal of M before leaves were eliminated. # (cells|1, B, d)
+        from_rows: The factors of some blocks of the bucket from the rows; None if these are too many.
     """
     eye = torch.eye(bucket.size, dtype=T.dtype, device=T.device)
     scale = _scale_of(layout, bucket, rows, T)
@@ -220,14 +250,12 @@ def factorized(
         information = eye + scale.unsqueeze(-1) * M * scale.unsqueeze(-2)
     cholesky, failed = torch.linalg.cholesky_ex(information)
     with torch.no_grad():
-        reach = M.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().unsqueeze(-2)
+        reach = said.clamp(min=0).sqrt().unsqueeze(-2)
         reach = reach @ T.abs() if scale is None else reach * scale.abs().unsqueeze(-2)
-        pivots = cholesky.diagonal(dim1=-2, dim2=-1).square()
-        lost = _EPSILON * ((1 + reach.squeeze(-2).square()) / pivots).amax(-1)
         finite = information.isfinite().flatten(2).all(-1)
-        poor = ((lost > _LOSS) | (failed != 0)) & finite
+        poor = (loses(reach.squeeze(-2), cholesky) | (failed != 0)) & finite
         which = poor.any(0).nonzero().squeeze(-1)
-        exact = _from_rows(layout, bucket, rows, T, which) if len(which) else None
+        exact = from_rows(which) if len(which) else None
         if exact is None:
             wrong = (failed != 0)[..., None, None]
     if exact is None:  # numbers that are not finite: the answer says so, without an error
@@ -235,11 +263,7 @@ def factorized(
         return BlockFactor(bucket, T, cholesky, scale)
 
     if information.requires_grad:
-        # Its derivatives are those of the factor of L⁻¹ Λ L⁻ᵀ, which is the identity here.
-        moved = information[:, which] - information[:, which].detach()
-        half = torch.linalg.solve_triangular(exact, moved, upper=False)
-        moved = torch.linalg.solve_triangular(exact, half.mT, upper=False)
-        exact = exact @ torch.linalg.cholesky_ex(eye + moved).L
+        exact = moved_factor(exact, information[:, which])
         replaced = torch.zeros_like(poor[0])
         replaced[which] = True
         safe = torch.where(replaced[:, None, None], eye, information)
@@ -250,10 +274,61 @@ def factorized(
     return BlockFactor(bucket, T, cholesky.index_copy(1, which, exact), scale)
 
 
-def _from_rows(
-    layout: BlockLayout, bucket: Bucket, rows: Sequence[SiteRows], T: Tensor, which: Tensor
+def loses(reach: Tensor, cholesky: Tensor) -> Tensor:
+    """Whether rounding may do too much to log|Λ|: the terms of Λ_ii relative to the pivots.
+
+    Args:
+        reach: Roots of the terms that rows add to Λ_ii. # (cells, B, d)
+        cholesky: The factor of Λ. # (cells, B, d, d)
+
+    Returns:
+        # (cells, B)
+    """
+    pivots = cholesky.diagonal(dim1=-2, dim2=-1).square()
+    return _EPSILON * ((1 + reach.square()) / pivots).amax(-1) > _LOSS
+
+
+def moved_factor(exact: Tensor, information: Tensor) -> Tensor:
+    """A factor with the derivatives of that of Λ: of L⁻¹ Λ L⁻ᵀ, which is the identity here."""
+    eye = torch.eye(exact.shape[-1], dtype=exact.dtype, device=exact.device)
+    moved = information - information.detach()
+    half = torch.linalg.solve_triangular(exact, moved, upper=False)
+    moved = torch.linalg.solve_triangular(exact, half.mT, upper=False)
+    return exact @ torch.linalg.cholesky_ex(eye + moved).L
+
+
+@dataclass(frozen=True, eq=False)
+class RowsOfCore:
+    """What leaves say of the core, as whitened rows.
+
+    Attributes:
+        rows: # (cells, J, n, q)
+        places: Where the unknowns lie in a flat vector. # (J, q)
+        block: The block of each leaf. # (J,)
+    """
+
+    rows: Tensor
+    places: Tensor
+    block: Tensor
+
+
+def factor_from_rows(
+    layout: BlockLayout,
+    bucket: Bucket,
+    rows: Sequence[SiteRows],
+    T: Tensor,
+    which: Tensor,
+    leaves: Sequence[RowsOfCore] = (),
 ) -> Tensor | None:
     """The factors of some blocks of a bucket by QR; None if the rows are too many.
+
+    Args:
+        layout: The blocks.
+        bucket: Those of one size.
+        rows: The numbers of the sites.
+        T: # (cells, B, d, d)
+        which: Numbers of blocks in the bucket. # (n,)
+        leaves: What stands for the rows that read leaves.
 
     Returns:
         # (cells, n, d, d)
@@ -261,30 +336,41 @@ def _from_rows(
     cells, B, d = T.shape[:3]
     number = torch.full((layout.blocks,), -1, device=T.device)
     number[bucket.first + which] = torch.arange(len(which), device=T.device)
-    chosen = []
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, their places and their blocks
+    for said in leaves:
+        inside = number[said.block]
+        own = (inside >= 0).nonzero().squeeze(-1)
+        parts.append((said.rows[:, own], said.places[own], inside[own]))
     for s, site in enumerate(rows):
         block, reading = layout.block_of_row[s], layout.reads[s]
-        if site.value is not None and reading.size:
-            inside = number[block.clamp(min=0)]
-            chosen.append(
-                (site, reading, ((block >= 0) & (inside >= 0)).nonzero().squeeze(-1), inside)
-            )
-    sizes = [len(r) * max(site.coefficients.shape[-2:]) for site, _, r, _ in chosen]
-    if cells * sum(sizes) * d > _MOST:
+        if site.value is None or not reading.size:
+            continue
+        inside = torch.where(block >= 0, number[block.clamp(min=0)], block)
+        if layout.leaves:
+            inside = torch.where(layout.leaf_of_row[s] >= 0, -1, inside)
+        own = (inside >= 0).nonzero().squeeze(-1)
+        parts.append((weighed_rows(site, own), reading.vector[own], inside[own]))
+    size = sum(len(own) * max(W.shape[-2:]) for W, own, _ in parts)
+    if cells * size * d > MOST:
         return None
     flat_T = T.reshape(cells, B * d, d)
     out, blocks = [T.new_zeros(cells, 0, d)], [which[:0]]
-    for site, reading, r, inside in chosen:
-        W = site.whitened
-        W = (W if W.shape[1] == 1 else W[:, r]).expand(-1, len(r), -1, -1)
-        if site.weight is not None:
-            weight = site.weight if site.weight.shape[0] == 1 else site.weight[r]
-            W = W * weight.sqrt().unsqueeze(-1)
+    for W, places, inside in parts:
         # A missing read takes any row: its coefficients are zero.
-        places = (reading.vector[r] - bucket.vector.start).clamp(0, B * d - 1)
-        out.append((W @ flat_T[:, places]).flatten(1, 2))
-        blocks.append(inside[r].repeat_interleave(W.shape[-2]))
+        at = (places - bucket.vector.start).clamp(0, B * d - 1)
+        out.append((W @ flat_T[:, at]).flatten(1, 2))
+        blocks.append(inside.repeat_interleave(W.shape[-2]))
     return square_root(torch.cat(out, 1), torch.cat(blocks), len(which))
+
+
+def weighed_rows(site: SiteRows, r: Tensor) -> Tensor:
+    """What some rows of a site say: L⁻¹ C by the roots of their weights. # (·, n, D, Q)"""
+    W = site.whitened
+    W = (W if W.shape[1] == 1 else W[:, r]).expand(-1, len(r), -1, -1)
+    if site.weight is not None:
+        weight = site.weight if site.weight.shape[0] == 1 else site.weight[r]
+        W = W * weight.sqrt().unsqueeze(-1)
+    return W
 
 
 def _of_members(x: Tensor, elements: Tensor | None) -> Tensor:

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors.gaussians.gaussian_layout import BlockLayout, Reading
+from pyro_em.posteriors.gaussians.block_places import Reading, places_of
+from pyro_em.posteriors.gaussians.gaussian_layout import BlockLayout
 
 
 def read_at(flat: Tensor, reading: Reading) -> Tensor:
@@ -24,7 +25,7 @@ def read_at(flat: Tensor, reading: Reading) -> Tensor:
 
 def pairs_at(flat: Tensor, a: Reading, b: Reading) -> Tensor:
     """What rows read of the flat matrices. # (cells, rows, Q_a, Q_b)"""
-    out = flat[:, a.row.unsqueeze(-1) + b.column.unsqueeze(-2)]
+    out = flat[:, places_of(a, b)]
     if a.present is not None:
         out = torch.where(a.present.unsqueeze(-1), out, torch.zeros_like(out))
     if b.present is not None:

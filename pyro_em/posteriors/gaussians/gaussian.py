@@ -95,8 +95,14 @@ class GaussianBlock:
     @property
     def kind(self) -> str:
         """What the E-step works on, in words."""
-        largest = self.layout.largest
-        return f"{largest} unknown{'s' * (largest > 1)} in the largest block"
+        largest, core = self.layout.largest, self.core
+        shown = f"{largest} unknown{'s' * (largest > 1)} in the largest block"
+        return f"{shown}, all but {core} eliminated side by side" if core else shown
+
+    @property
+    def core(self) -> int:
+        """How many unknowns the largest matrix is about that is left once leaves are eliminated."""
+        return self.layout.core if isinstance(self.layout, BlockLayout) else 0
 
     @property
     def representative(self) -> GaussianBlock:
@@ -127,6 +133,8 @@ class GaussianBlock:
     @property
     def cost(self) -> int:
         """Numbers in the matrices of one E-step."""
+        if self._dense.leaves:
+            return math.prod(self.states) * self._dense.matrix_size
         sizes = torch.as_tensor(self._dense.block_sizes, dtype=torch.float64)
         return math.prod(self.states) * int(sizes.square().sum())
 

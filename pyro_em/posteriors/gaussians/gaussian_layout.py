@@ -8,17 +8,23 @@ where y is observed or a latent itself. Two elements of latents depend on each o
 if some chain of rows reads both, so the connected components, here *blocks*, are solved apart. Blocks
 of about one size lie in one *bucket*, as one batch of padded matrices. The matrices of all buckets
 lie one after the other in one flat vector, so that any site adds to all of them at once.
+
+A large block that falls apart without a few latents is a dense *core* and *leaves*, which are
+eliminated first: `leaf_search` says which, `block_places` how they lie.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_em.posteriors.gaussians.block_laying import Numbered, Places, members_of, reading_of
+from pyro_em.posteriors.gaussians.block_places import Bucket, Leaves, Reading
 from pyro_em.posteriors.gaussians.block_search import (
     Ints,
     anchors,
@@ -27,87 +33,9 @@ from pyro_em.posteriors.gaussians.block_search import (
     padded_sizes,
     positions_in,
 )
+from pyro_em.posteriors.gaussians.leaf_layout import leaves_beside
+from pyro_em.posteriors.gaussians.leaf_search import core_of, leaf_of_rows
 from pyro_em.posteriors.gaussians.site_forms import SiteForm
-
-
-@dataclass(frozen=True, eq=False)
-class Reading:
-    """Where the Q coordinates that the rows of a site read lie in the flat vectors and matrices.
-
-    Attributes:
-        vector: Places in a flat vector; 0 where nothing is read. # (rows, Q)
-        row: Places of the first number of their rows in the flat matrices. # (rows, Q)
-        column: Columns inside those rows. # (rows, Q)
-        present: False where nothing is read; None if every row reads every term. # (rows, Q)
-    """
-
-    vector: Tensor
-    row: Tensor
-    column: Tensor
-    present: Tensor | None = None
-
-    @property
-    def size(self) -> int:
-        """Q."""
-        return int(self.vector.shape[1])
-
-    def pairs(self, rows: slice = slice(None)) -> Tensor:
-        """Places of all pairs of the coordinates in the flat matrices. # (rows, Q, Q)"""
-        return self.row[rows].unsqueeze(-1) + self.column[rows].unsqueeze(-2)
-
-    def beside(self, other: Reading) -> Reading:
-        """These coordinates followed by those of another reading of the same rows."""
-        present = None
-        if self.present is not None or other.present is not None:
-            present = torch.cat([_all_present(self), _all_present(other)], -1)
-        return Reading(
-            torch.cat([self.vector, other.vector], -1),
-            torch.cat([self.row, other.row], -1),
-            torch.cat([self.column, other.column], -1),
-            present,
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Members:
-    """The elements of one latent that lie in one bucket.
-
-    Attributes:
-        site: The number of the latent's site.
-        elements: Which ones; None if all of them. # (n,)
-        positions: The column of each element's first coordinate in its block. # (n,)
-        parents: For each term the elements read, by their rank among the parent's members of the
-            bucket; None for a term that none of these elements reads. # (n,) each
-    """
-
-    site: int
-    elements: Tensor | None
-    positions: Tensor
-    parents: tuple[Tensor | None, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Bucket:
-    """Blocks whose matrices are padded to one size.
-
-    Attributes:
-        first: The number of its first block.
-        count: B, the blocks.
-        size: d, the rows and columns of each matrix.
-        vector: Where its vectors lie in the flat vector; B·d places.
-        matrix: Where its matrices lie in the flat matrices; B·d·d places.
-        members: Its elements, latent by latent in topological order.
-        order: For each row of the batch of matrices its place among the members' coordinates, one
-            latent after the other; the place after the last for padding. # (B * d,)
-    """
-
-    first: int
-    count: int
-    size: int
-    vector: slice
-    matrix: slice
-    members: tuple[Members, ...]
-    order: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +52,8 @@ class BlockLayout:
         block_of_row: For each site the block of each row; −1 where a row reads nothing. # (rows,) each
         vector_size: Length of a flat vector.
         matrix_size: Length of the flat matrices.
+        leaves: What is eliminated before the `buckets`, which are then about the core alone.
+        leaf_of_row: For each site the leaf of each row; −1 where a row reads none. # (rows,) each
     """
 
     sites: tuple[SiteForm, ...]
@@ -135,11 +65,25 @@ class BlockLayout:
     block_of_row: tuple[Tensor, ...]
     vector_size: int
     matrix_size: int
+    leaves: tuple[Leaves, ...] = ()
+    leaf_of_row: tuple[Tensor, ...] = ()
 
-    @property
+    @cached_property
     def largest(self) -> int:
         """Unknown numbers of the largest block."""
+        if self.leaves:
+            return int(self.block_sizes.max())
         return max((bucket.size for bucket in self.buckets), default=0)
+
+    @property
+    def core(self) -> int:
+        """Unknown numbers of the largest matrix of a core; 0 where there are no leaves."""
+        return max((bucket.size for bucket in self.buckets), default=0) if self.leaves else 0
+
+    @property
+    def core_size(self) -> int:
+        """Length of the flat vector of what the `buckets` are about."""
+        return sum(bucket.count * bucket.size for bucket in self.buckets)
 
     @property
     def device(self) -> torch.device:
@@ -159,12 +103,18 @@ class BlockLayout:
         return self.block_of_row[latent]
 
     @staticmethod
-    def of(sites: Sequence[SiteForm], device: torch.device | None = None) -> BlockLayout:
+    def of(
+        sites: Sequence[SiteForm],
+        device: torch.device | None = None,
+        core: Collection[int] | None = None,
+    ) -> BlockLayout:
         """The blocks of some sites.
 
         Args:
             sites: The sites, in topological order.
             device: Where the places are needed; by default where the terms' elements lie.
+            core: The latents that are eliminated last, with all latents that they read: none where
+                blocks shall be dense. By default whatever is least work.
 
         Raises:
             ValueError: If a site reads what is no latent before it, or an element that is not there.
@@ -178,10 +128,12 @@ class BlockLayout:
             >>> layout.blocks, layout.largest, layout.block_of_row[1].tolist()
             (2, 1, [0, 0, 1])
         """
-        return _layout(tuple(sites), device)
+        return _layout(tuple(sites), device, core)
 
 
-def _layout(sites: tuple[SiteForm, ...], device: torch.device | None) -> BlockLayout:
+def _layout(
+    sites: tuple[SiteForm, ...], device: torch.device | None, core: Collection[int] | None
+) -> BlockLayout:
     if device is None:
         elements = [term.elements for site in sites for term in site.terms]
         device = elements[0].device if elements else torch.device("cpu")
@@ -190,93 +142,80 @@ def _layout(sites: tuple[SiteForm, ...], device: torch.device | None) -> BlockLa
     widths = np.repeat([site.width for site in sites], counts).astype(np.int64)
     columns = [columns_of(s, sites, first) for s in range(len(sites))]
     label = components(columns, int(first[-1]))
+    chosen = core_of(sites, columns, label, widths) if core is None else frozenset(core)
+    if all(s in chosen for s, site in enumerate(sites) if site.is_latent and site.rows):
+        chosen = frozenset()  # nothing comes before it
+    in_core = np.repeat([not chosen or s in chosen for s in range(len(sites))], counts)
 
     blocks = int(label.max()) + 1 if len(label) else 0
     sizes = np.bincount(label, weights=widths, minlength=blocks).astype(np.int64)
-    padded = padded_sizes(sizes)
+    own = widths * in_core
+    # A block without a core has one of padding, so that every block has its place.
+    padded = padded_sizes(np.bincount(label, weights=own, minlength=blocks).astype(np.int64))
+    padded = np.maximum(padded, 1)
     by_size = np.argsort(padded, kind="stable")  # blocks are numbered anew, bucket by bucket
     renumbered = np.empty_like(by_size)
     renumbered[by_size] = np.arange(blocks)
     sizes, padded, label = sizes[by_size], padded[by_size], renumbered[label]
-    vector_end, matrix_end = np.cumsum(padded), np.cumsum(padded**2)
-    vector_begin, matrix_begin = vector_end - padded, matrix_end - padded**2
+    vector_begin = np.cumsum(padded) - padded
+    matrix_begin = np.cumsum(padded**2) - padded**2
 
-    position = positions_in(label, widths)
-    places = _Places(
+    position = np.zeros_like(label)
+    position[in_core] = positions_in(label[in_core], widths[in_core])
+    places = Places(
         vector_begin[label] + position,
         matrix_begin[label] + position * padded[label],
         position,
         padded[label],
     )
-    reads = tuple(
-        _reading(places, c[: len(site.terms)], [sites[t.latent].width for t in site.terms], device)
-        if site.terms
-        else _nothing(site.rows, device)
-        for site, c in zip(sites, columns, strict=True)
-    )
-    own = tuple(
-        _reading(places, [c[-1]], [site.width], device) if site.is_latent else None
-        for site, c in zip(sites, columns, strict=True)
-    )
+    ends = int(padded.sum()), int((padded**2).sum())
+    numbered = Numbered(sites, first, in_core)
+    groups = [(int(size), int((padded == size).sum())) for size in np.unique(padded)]
+    buckets, begin = [], [0, 0, 0]
+    for size, count in groups:
+        inside = in_core & (padded[label] == size)
+        members, order = members_of(numbered, places, inside, begin[1], count * size, device)
+        vector = slice(begin[1], begin[1] + count * size)
+        matrix = slice(begin[2], begin[2] + count * size * size)
+        buckets.append(Bucket(begin[0], count, size, vector, matrix, members, order))
+        begin = [begin[0] + count, vector.stop, matrix.stop]
+
+    leaves: tuple[Leaves, ...] = ()
+    beside = None
+    if chosen:
+        leaves, beside = leaves_beside(numbered, columns, widths, label, places, ends, device)
+        last = leaves[-1]
+        ends = last.vector.stop, last.matrix.stop
+    kinds = [not chosen or s in chosen for s in range(len(sites))]
+    reads, of_latents = [], []
+    for s, (site, c) in enumerate(zip(sites, columns, strict=True)):
+        latents = [t.latent for t in site.terms]
+        terms = [(c[i], sites[t].width, kinds[t]) for i, t in enumerate(latents)]
+        own_terms = [(c[-1], site.width, kinds[s])] if site.is_latent else []
+        leaf = None
+        if beside is not None and not all(k for _, _, k in (*terms, *own_terms)):
+            leaf = leaf_of_rows(c, beside.leaf)
+        reads.append(reading_of(places, terms, beside, leaf, site.rows, device))
+        of_latents.append(
+            reading_of(places, own_terms, beside, leaf, site.rows, device) if own_terms else None
+        )
     block_of_row = tuple(
         torch.as_tensor(_blocks_of(site, c, label), device=device)
         for site, c in zip(sites, columns, strict=True)
     )
+    leaf_of = () if beside is None else [leaf_of_rows(c, beside.leaf) for c in columns]
     return BlockLayout(
         sites,
         blocks,
         torch.as_tensor(sizes, device=device),
-        _buckets(sites, first, label, padded, places, device),
-        reads,
-        own,
+        tuple(buckets),
+        tuple(reads),
+        tuple(of_latents),
         block_of_row,
-        int(padded.sum()),
-        int((padded**2).sum()),
+        *ends,
+        leaves,
+        tuple(torch.as_tensor(leaf, device=device) for leaf in leaf_of),
     )
-
-
-@dataclass(frozen=True, eq=False)
-class _Places:
-    """Places of each element's first coordinate, and how far apart rows of its matrix are."""
-
-    vector: Ints
-    row: Ints
-    column: Ints
-    stride: Ints
-
-
-def _reading(
-    places: _Places, columns: list[Ints], widths: list[int], device: torch.device
-) -> Reading:
-    vector, row, column, present = [], [], [], []
-    for elements, width in zip(columns, widths, strict=True):
-        is_read = (elements >= 0)[:, None]
-        k = np.arange(width)
-        e = np.maximum(elements, 0)
-        if not len(places.vector):
-            raise ValueError("A term reads a latent without elements.")
-        vector.append(np.where(is_read, places.vector[e][:, None] + k, 0))
-        row.append(np.where(is_read, places.row[e][:, None] + places.stride[e][:, None] * k, 0))
-        column.append(np.where(is_read, places.column[e][:, None] + k, 0))
-        present.append(np.broadcast_to(is_read, (len(elements), width)))
-    there = np.concatenate(present, 1)
-    return Reading(
-        torch.as_tensor(np.concatenate(vector, 1), device=device),
-        torch.as_tensor(np.concatenate(row, 1), device=device),
-        torch.as_tensor(np.concatenate(column, 1), device=device),
-        None if there.all() else torch.as_tensor(there, device=device),
-    )
-
-
-def _nothing(rows: int, device: torch.device) -> Reading:
-    none = torch.zeros(rows, 0, dtype=torch.long, device=device)
-    return Reading(none, none, none)
-
-
-def _all_present(reading: Reading) -> Tensor:
-    if reading.present is not None:
-        return reading.present
-    return torch.ones_like(reading.vector, dtype=torch.bool)
 
 
 def _blocks_of(site: SiteForm, columns: list[Ints], label: Ints) -> Ints:
@@ -284,68 +223,3 @@ def _blocks_of(site: SiteForm, columns: list[Ints], label: Ints) -> Ints:
     if not len(label):
         return anchor
     return np.where(anchor >= 0, label[np.maximum(anchor, 0)], -1)
-
-
-def _buckets(
-    sites: tuple[SiteForm, ...],
-    first: Ints,
-    label: Ints,
-    padded: Ints,
-    places: _Places,
-    device: torch.device,
-) -> tuple[Bucket, ...]:
-    block_begin = vector_begin = matrix_begin = 0
-    out = []
-    for size in np.unique(padded):
-        size, count = int(size), int((padded == size).sum())
-        members: list[Members] = []
-        rank: dict[int, Ints] = {}  # of each element of a latent among the bucket's
-        order = np.full(count * size, -1, dtype=np.int64)
-        coordinates = 0
-        for s, site in enumerate(sites):
-            if not site.is_latent:
-                continue
-            everything = slice(int(first[s]), int(first[s + 1]))
-            inside = padded[label[everything]] == size
-            elements = np.flatnonzero(inside)
-            if not len(elements):
-                continue
-            rank[s] = np.cumsum(inside) - 1
-            here = first[s] + elements
-            parents: list[Tensor | None] = []
-            for term in site.terms:
-                read = term.elements.detach().cpu().numpy()[elements]
-                if (read < 0).all():
-                    parents.append(None)
-                    continue
-                # A missing read takes any row: its coefficients are zero.
-                ranks = np.where(read >= 0, rank[term.latent][np.maximum(read, 0)], 0)
-                parents.append(torch.as_tensor(ranks, device=device))
-            k = np.arange(site.width)
-            at = places.vector[here][:, None] - vector_begin + k
-            order[at.reshape(-1)] = coordinates + np.arange(at.size)
-            coordinates += at.size
-            members.append(
-                Members(
-                    s,
-                    None if inside.all() else torch.as_tensor(elements, device=device),
-                    torch.as_tensor(places.column[here], device=device),
-                    tuple(parents),
-                )
-            )
-        order[order < 0] = coordinates
-        out.append(
-            Bucket(
-                block_begin,
-                count,
-                size,
-                slice(vector_begin, vector_begin + count * size),
-                slice(matrix_begin, matrix_begin + count * size * size),
-                tuple(members),
-                torch.as_tensor(order, device=device),
-            )
-        )
-        block_begin += count
-        vector_begin += count * size
-        matrix_begin += count * size * size
-    return tuple(out)

@@ -23,22 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors.gaussians.block_factors import (
-    BlockFactor,
-    factorized,
-    gradient_of,
-    log_determinants,
-    precision_of,
-    squares_of,
-    substituted,
-    without_cached,
-)
+from pyro_em.posteriors.gaussians.block_factors import gradient_of, without_cached
+from pyro_em.posteriors.gaussians.block_places import Reading
 from pyro_em.posteriors.gaussians.flat_reads import (
     added,
     pairs_at,
@@ -47,7 +38,8 @@ from pyro_em.posteriors.gaussians.flat_reads import (
     read_covariances,
     read_values,
 )
-from pyro_em.posteriors.gaussians.gaussian_layout import BlockLayout, Reading
+from pyro_em.posteriors.gaussians.gaussian_layout import BlockLayout
+from pyro_em.posteriors.gaussians.joint_factor import JointFactor, joint_factor
 from pyro_em.posteriors.gaussians.site_rows import (
     LOG_TWO_PI,
     SiteNumbers,
@@ -83,7 +75,7 @@ class GaussianSolution:
     constant: Tensor
     degenerate: bool
     _rows: tuple[SiteRows, ...]
-    _factors: tuple[BlockFactor, ...]
+    _factor: JointFactor
     _centre: tuple[Tensor | None, ...]  # c of each latent. (·, n, q)
     _epsilon: Tensor  # the mode m, flat
     _delta: Tensor  # T m, flat
@@ -124,11 +116,20 @@ class GaussianSolution:
             elements_b: # (m,)
         """
         a, b = self._latent(latent_a)[0], self._latent(latent_b)[0]
-        blocks = self.layout.block_of_row
-        same = (blocks[latent_a][elements_a] == blocks[latent_b][elements_b])[:, None, None]
+        blocks, leaves = self.layout.block_of_row, self.layout.leaf_of_row
+        same = blocks[latent_a][elements_a] == blocks[latent_b][elements_b]
+        known = same  # where one matrix holds both
+        if leaves:
+            known = same & (leaves[latent_a][elements_a] == leaves[latent_b][elements_b])
+        known, same = known[:, None, None], same & ~known
         places = a.row[elements_a].unsqueeze(-1) + b.column[elements_b].unsqueeze(-2)
-        found = self._covariance[:, torch.where(same, places, torch.zeros_like(places))]
-        return torch.where(same, found, torch.zeros_like(found))
+        found = self._factor.covariance[:, torch.where(known, places, torch.zeros_like(places))]
+        found = torch.where(known, found, torch.zeros_like(found))
+        if bool(same.any()):
+            which = same.nonzero().squeeze(-1)
+            pairs = (latent_a, elements_a[which]), (latent_b, elements_b[which])
+            found = found.index_copy(1, which, self._factor.covariance_of(*pairs))
+        return found
 
     def moments(self, site: int) -> tuple[Tensor, Tensor]:
         """Joint posterior moments of what the rows of a site read: terms in order, a latent last.
@@ -143,7 +144,7 @@ class GaussianSolution:
         if own is not None:
             reading = reading.beside(own)
             mean = torch.cat([mean, self.mean(site)], -1)
-        return mean, pairs_at(self._covariance, reading, reading)
+        return mean, pairs_at(self._factor.covariance, reading, reading)
 
     def coefficients(self, site: int) -> Tensor:
         """(C, b), of which the mean of a site is made; zero where a row reads nothing.
@@ -234,15 +235,15 @@ class GaussianSolution:
             assert own is not None
             L = rows.spread if rows.is_matrix else rows.spread.diag_embed()
             mean = self.residuals(site)
-            covariance = L @ pairs_at(self._noise, own, own) @ L.mT
+            covariance = L @ pairs_at(self._factor.noise, own, own) @ L.mT
         else:
             reading = self.layout.reads[site]
             C = self.counted_coefficients(site)
             mean = residual
             if diagonal:
-                spread = C @ pairs_at(self._covariance, reading, reading)
+                spread = C @ pairs_at(self._factor.covariance, reading, reading)
                 return mean, (spread * C).sum(-1).expand(mean.shape) + mean.square()
-            covariance = C @ pairs_at(self._covariance, reading, reading) @ C.mT
+            covariance = C @ pairs_at(self._factor.covariance, reading, reading) @ C.mT
         if diagonal:
             return mean, covariance.diagonal(dim1=-2, dim2=-1) + mean.square()
         return mean, covariance + mean.unsqueeze(-1) * mean.unsqueeze(-2)
@@ -255,12 +256,12 @@ class GaussianSolution:
             diagonal: Whether of E[r rᵀ] only the diagonal is wanted.
         """
         reading, own, rows = self.layout.reads[site], self.layout.own[site], self._rows[site]
-        covariance = pairs_at(self._covariance, reading, reading)
+        covariance = pairs_at(self._factor.covariance, reading, reading)
         if own is None:
             cross = -(self.counted_coefficients(site) @ covariance)
         else:
             L = rows.spread if rows.is_matrix else rows.spread.diag_embed()
-            cross = L @ pairs_at(self._noise_and_latents, own, reading)
+            cross = L @ pairs_at(self._factor.noise_and_latents, own, reading)
         residual, second = self.residual_moments(site, diagonal)
         mean = self._mean_read(site)
         return linear_moments(mean, covariance, residual, cross, second, diagonal)
@@ -272,14 +273,7 @@ class GaussianSolution:
             n: Number of draws.
             generator: The source of randomness; by default torch's.
         """
-        delta = []
-        for factor in self._factors:
-            shape = (*factor.cholesky.shape[:-1], n)
-            z = torch.randn(
-                shape, generator=generator, dtype=self._delta.dtype, device=self._delta.device
-            )
-            delta.append(factor.drawn(z).flatten(1, 2).movedim(-1, 0))
-        flat = self._delta + (torch.cat(delta, -1) if delta else 0)
+        flat = self._delta + (self._factor.drawn(n, generator) if self._factor.dense else 0)
         return [
             self._latent(s)[1] + flat[:, :, own.vector]
             for s, own in enumerate(self.layout.own)
@@ -292,12 +286,7 @@ class GaussianSolution:
         Args:
             generator: The source of randomness, on the CPU.
         """
-        parts = []
-        for factor in self._factors:
-            shape = (*factor.T.shape[:-1], 1)
-            z = torch.randn(shape, generator=generator, dtype=torch.float64)
-            parts.append((factor.T @ z.to(factor.T.device)).reshape(self.cells, -1))
-        flat = torch.cat(parts, 1)
+        flat = self._factor.drawn_from_prior(generator)
         return {
             s: self._latent(s)[1] + flat[:, own.vector]
             for s, own in enumerate(self.layout.own)
@@ -353,7 +342,7 @@ class GaussianSolution:
         """Entropy of the posterior of each block, −inf at a variance of zero. # (cells, blocks)"""
         layout = self.layout
         sizes = layout.block_sizes.to(torch.float64)
-        out = 0.5 * (1 + LOG_TWO_PI) * sizes - 0.5 * log_determinants(self._factors)
+        out = 0.5 * (1 + LOG_TWO_PI) * sizes - 0.5 * self._factor.log_determinants()
         for s, form in enumerate(layout.sites):
             if form.is_latent:
                 each = self._rows[s].deviations.log().sum(-1).expand(self.cells, form.rows)
@@ -378,26 +367,6 @@ class GaussianSolution:
         if rows.weight is None:
             return rows.coefficients
         return rows.coefficients * (rows.weight > 0).unsqueeze(-1)
-
-    @cached_property
-    def _covariance(self) -> Tensor:
-        """Cov(h), the flat matrices. # (cells, matrix_size)"""
-        return self._matrices([f.covariance for f in self._factors])
-
-    @cached_property
-    def _noise(self) -> Tensor:
-        """Cov(ε), the flat matrices. # (cells, matrix_size)"""
-        return self._matrices([f.noise for f in self._factors])
-
-    @cached_property
-    def _noise_and_latents(self) -> Tensor:
-        """Cov(ε, h), the flat matrices. # (cells, matrix_size)"""
-        return self._matrices([f.noise_and_latents for f in self._factors])
-
-    def _matrices(self, batches: list[Tensor]) -> Tensor:
-        if not batches:
-            return self._delta.new_zeros(self.cells, 0)
-        return torch.cat([batch.flatten(1) for batch in batches], 1)
 
 
 def solve(layout: BlockLayout, numbers: Sequence[SiteNumbers]) -> GaussianSolution:
@@ -430,28 +399,20 @@ def solve(layout: BlockLayout, numbers: Sequence[SiteNumbers]) -> GaussianSoluti
         centre.append(site.offset + read if site.value is None else None)
         residual.append(None if site.value is None else (site.value - site.offset) - read)
 
-    precision = precision_of(layout, rows, cells)
-    factors = []
-    for bucket in layout.buckets:
-        T = substituted(layout, bucket, rows, cells)
-        M = precision[:, bucket.matrix].reshape(-1, bucket.count, bucket.size, bucket.size)
-        factors.append(factorized(layout, bucket, rows, T, M))
-
-    epsilon = precision.new_zeros(cells, layout.vector_size)
+    factor = joint_factor(layout, rows, cells)
+    epsilon = torch.zeros(cells, layout.vector_size, dtype=torch.float64, device=layout.device)
     delta = epsilon
-    for step in range(_STEPS if factors else 0):  # the mode, and refinements of it
-        gradient = gradient_of(layout, rows, residual, delta)
-        gradient = torch.cat([f.gather_in(gradient) for f in factors], 1) - epsilon
-        move = torch.cat([f.solve(gradient) for f in factors], 1)
+    for step in range(_STEPS if factor.dense else 0):  # the mode, and refinements of it
+        move, short = factor.move(gradient_of(layout, rows, residual, delta), epsilon)
         epsilon = epsilon + move
-        delta = torch.cat([f.spread_out(epsilon) for f in factors], 1)
+        delta = factor.spread_out(epsilon)
         # Half of gᵀ Λ⁻¹ g is what the evidence was short of before this move.
-        if step > 0 and not bool((gradient * move).sum(-1).max() > _SHORT):
+        if step > 0 and not bool(short.max() > _SHORT):
             break
 
-    log_evidence = -0.5 * log_determinants(factors) if factors else delta.new_zeros(cells, 0)
-    if factors:
-        log_evidence = log_evidence - 0.5 * torch.cat([squares_of(f, epsilon) for f in factors], 1)
+    log_evidence = delta.new_zeros(cells, 0)
+    if factor.dense:
+        log_evidence = -0.5 * (factor.log_determinants() + factor.squares(epsilon))
     constant = delta.new_zeros(cells)
     at_mode: list[Tensor | None] = []
     for s, site in enumerate(rows):
@@ -479,7 +440,7 @@ def solve(layout: BlockLayout, numbers: Sequence[SiteNumbers]) -> GaussianSoluti
         constant,
         any(site.degenerate for site in rows),
         rows,
-        tuple(factors),
+        factor,
         tuple(centre),
         epsilon,
         delta,

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 
-def square_root(rows: Tensor, block: Tensor, blocks: int) -> Tensor:
+def square_root(rows: Tensor, block: Tensor, blocks: int, known: int | None = None) -> Tensor:
     """The lower factors of I + Σ bᵀ b over the rows of each block.
 
     Args:
         rows: b. # (cells, R, d)
         block: The block of each row. # (R,)
         blocks: How many there are.
+        known: How many of the first columns the identity is of; by default all.
 
     Returns:
-        Lower triangular, with a positive diagonal. # (cells, blocks, d, d)
+        Lower triangular, with a diagonal that is not negative. # (cells, blocks, d, d)
 
     Example:
         >>> square_root(torch.tensor([[[3.0], [4.0], [0.0]]]), torch.tensor([0, 0, 1]), 2).flatten()
@@ -47,7 +48,10 @@ def square_root(rows: Tensor, block: Tensor, blocks: int) -> Tensor:
     # The identity comes last: Householder reflections keep small rows best below large ones.
     longest = int(count.max()) if len(block) else 0
     stacked = _padded(rows, block, rank, blocks, longest)
-    eye = torch.eye(d, dtype=rows.dtype, device=rows.device).expand(*stacked.shape[:2], d, d)
+    eye = torch.eye(d, dtype=rows.dtype, device=rows.device)
+    if known is not None:
+        eye[known:] = 0
+    eye = eye.expand(*stacked.shape[:2], d, d)
     R = _triangles(torch.cat([stacked, eye], 2))
     signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(R)
     return (R * signs.unsqueeze(-1)).mT
