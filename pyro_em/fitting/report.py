@@ -44,7 +44,7 @@ from pyro_em.fitting.steps.parted import Parted
 from pyro_em.fitting.steps.point import PartsPoint, SumsPoint
 from pyro_em.fitting.steps.run import EMRun, Settings
 from pyro_em.fitting.steps.stopping import rate_of_convergence
-from pyro_em.graph.factors import is_incomplete
+from pyro_em.graph.factors import Group, is_incomplete
 from pyro_em.plan.part import Part
 from pyro_em.plan.plan import Plan
 from pyro_em.plan.program import Program
@@ -52,6 +52,7 @@ from pyro_em.plan.unobserved import with_unobserved
 from pyro_em.portable import Given
 from pyro_em.posteriors.answers.later_faces import LaterFaces
 from pyro_em.posteriors.answers.posterior import Posterior
+from pyro_em.posteriors.gaussians.gaussian import GaussianBlock
 from pyro_em.posteriors.strategies import Hard
 from pyro_em.reduction.reduction import Whole
 from pyro_em.tracing.parameters import parameters_at, snapshot, values_of
@@ -182,6 +183,17 @@ def _later_where_data_tell_nothing(program: Program, count: Callable[[], int]) -
         count: Counts.
     """
     may_wait = program.compiled and all(
+        all(map(_is_read_everywhere, group.nested.groups))
+        if isinstance(group.nested, GaussianBlock)
+        else _is_read_everywhere(group)
+        for group in program.graph.groups
+    )
+    return cache(count) if may_wait else Given(count())
+
+
+def _is_read_everywhere(group: Group) -> bool:
+    """Whether a group reads the same elements of parameters whatever the data are."""
+    return (
         group.family is not None
         and group.nested is None
         and group.mask is None
@@ -189,9 +201,7 @@ def _later_where_data_tell_nothing(program: Program, count: Callable[[], int]) -
         and group.value_binding is None
         and not is_incomplete(group)
         and all(b.how in ("constant", "selection") for b in group.bindings.values())
-        for group in program.graph.groups
     )
-    return cache(count) if may_wait else Given(count())
 
 
 def _here(make: Callable[[], Any]) -> Any:

@@ -10,7 +10,7 @@ Factors outside that plate, priors among them, count once: with the first part.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -178,11 +178,10 @@ class Part:
 
     def log_evidence_at(self, values: Mapping[str, Tensor]) -> float:
         """log p(x; θ) of the part at other parameters, through the bindings, in nats."""
-        if isinstance(self.program.kernel.block, ChainSums):  # which has all that counts
-            try:
-                return self.expectation(values).log_evidence
-            except Handover:
-                pass
+        block = self.program.kernel.block
+        if isinstance(block, ChainSums):  # which has all that counts
+            with suppress(Handover), torch.inference_mode():
+                return block.theta.log_evidence(block.theta.enter(values))
         at = self.program.evaluate(values)
         return log_evidence_of(at.graph, self.program.contraction, self.counted_tables(at.tables))
 

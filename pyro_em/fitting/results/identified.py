@@ -11,7 +11,7 @@ numbers; a few of them stand for all.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,9 @@ def undetermined(program: Program, over: Reduction[Part] | None = None) -> list[
     """
     if not any(isinstance(g.nested, GaussianBlock) for g in program.graph.groups):
         return []
+    known = _known(program) if over is None else None
+    if known is not None and known[1] in known[0]:
+        return []
     own = _slopes(program)
     grams = {g: slopes.gram for g, slopes in own.items()}
     if over is not None:
@@ -101,8 +104,27 @@ def undetermined(program: Program, over: Reduction[Part] | None = None) -> list[
             }
 
         grams = {g: gram for g, (gram, seen) in over.sum(of_part).items() if seen}
-    out = (_left(grams[g], slopes) for g, slopes in own.items() if g in grams)
-    return [found for found in out if found.count]
+    out = [_left(grams[g], slopes) for g, slopes in own.items() if g in grams]
+    found = [each for each in out if each.count]
+    if known is not None and not found and len(out) == len(program.graph.groups):
+        known[0].add(known[1])
+    return found
+
+
+def _known(program: Program) -> tuple[set[Hashable], Hashable] | None:
+    """Where it is noted of chains that nothing is left undetermined, and by what name.
+
+    A Jacobian that has full rank at some parameters has it at nearly all: another fit of the same form
+    need not look again, whatever its data.
+    """
+    kernel = program.kernel.block
+    if not isinstance(kernel, ChainSums):
+        return None
+    free = [n for n in kernel.theta.begins if not isinstance(program.updates[n].update, Fixed)]
+    if len(free) < len(kernel.theta.begins):  # the others have values of their own
+        return None
+    parameters = program.graph.parameters
+    return kernel.theta.decided.determined, tuple((n, repr(parameters[n].constraint)) for n in free)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ is left to these.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -115,6 +115,10 @@ class CompiledMStep:
             for site, kinds in zip(matrices.sites, matrices.kinds, strict=True):
                 laid.append(_laid(site, c, kinds, next(lines), spreads.entries_of(len(laid))))
         return cls(chains, regression, spreads, tuple(laid), sizes, spreads.rounding)
+
+    def on(self, chains: tuple[ChainMatrices, ...], spreads: Spreads) -> CompiledMStep:
+        """The same on other data."""
+        return replace(self, chains=chains, spreads=spreads, least=spreads.rounding)
 
     def maximiser(
         self, theta: Numbers, found: Sequence[tuple[ChainNumbers, Smoothed]]

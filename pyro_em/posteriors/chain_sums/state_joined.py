@@ -11,8 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from pyro_em.graph.factors import Group
 from pyro_em.posteriors.chain_sums.state_arguments import Linear, Numbers, Picked
-from pyro_em.posteriors.chain_sums.state_sites import Site, along, indices
+from pyro_em.posteriors.chain_sums.state_sites import Site, along, data_of, indices
+from pyro_em.posteriors.states.state_layout import StateLayout
 
 
 def joined(sites: Sequence[Site]) -> list[tuple[Site, tuple[int, ...]]]:
@@ -32,6 +34,28 @@ def joined(sites: Sequence[Site]) -> list[tuple[Site, tuple[int, ...]]]:
         else:
             same.append(i)
     return [(_together([sites[i] for i in f]), tuple(f)) for f in found]
+
+
+def data_of_site(
+    site: Site, stacks: Sequence[int], groups: Sequence[Group], layout: StateLayout
+) -> Numbers:
+    """The data of an observed site, zero where missing, as `joined` has them. # (chains, N, K, D)
+
+    Args:
+        site: The site.
+        stacks: The stacks that it stands for.
+        groups: The group of each stack.
+        layout: Where all stacks lie.
+    """
+    chains = layout.form.chains
+    values = []
+    for i in stacks:
+        value, _ = data_of(groups[i], layout.stacks[i], chains)
+        values.append(value.reshape(*value.shape[:2], *site.own.shape))
+    if len(values) == 1:
+        return values[0]
+    levels = np.concatenate([layout.stacks[i].levels.numpy() for i in stacks])
+    return np.ascontiguousarray(np.concatenate(values, 1)[:, levels.argsort(kind="stable")])
 
 
 def _is_alike(a: Site, b: Site) -> bool:

@@ -7,8 +7,8 @@ once against those of the ordinary way through all sites (`pyro_em.posteriors.st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -163,6 +163,14 @@ class ChainMatrices:
         if not all(_is_same(x, y.numpy()) for x, y in zip(arrays, theirs, strict=True)):
             raise Unlike("its matrices are others than those of its sites")
         return found
+
+    def on(self, values: Iterable[Numbers | None]) -> ChainMatrices:
+        """The same with other data of each site, or none."""
+        pairs = zip(self.sites, values, strict=True)
+        out = replace(self, sites=tuple(replace(s, value=value) for s, value in pairs))
+        own = {n: x for n, x in vars(self).items() if n in ("vector", "_small")}
+        vars(out).update(own)  # no datum is in these
+        return out
 
     def at(self, theta: Numbers) -> ChainNumbers:
         """The chains at parameters.

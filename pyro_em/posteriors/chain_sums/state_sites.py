@@ -59,7 +59,8 @@ class Site:
         spread: # (chains|1, K, D, …)
         features: f. # (F, N|1, chains|1)
         design: Of each entry of ∂(C, B)/∂θ where it is, and the entry.
-        value: The data, zero where missing; None for latents. # (chains, N, K, D)
+        value: The data, zero where missing; None for latents, and where they are not held.
+            # (chains, N, K, D)
         weight: One where a row is seen, or an entry; None where all are. # (chains, N, K|K, D)
         by_entry: Whether the weights are those of entries.
         count: Members that count. # (lead, K) or (lead, K, D)
@@ -145,7 +146,7 @@ def site_of(group: Group, stack: Stack, chains: int, begins: Mapping[str, int]) 
         coefficients = masked(coefficients, there)
     offset = linear_of(group, stack, "loc", begins, 0, by_step=True)
     spread = spread_of(group, stack, begins)
-    value, weight = (None, None) if latent else _data(group, stack, chains)
+    value, weight = (None, None) if latent else data_of(group, stack, chains)
     if latent and not (group.mask is None and group.elements is None and group.is_unscaled):
         raise Unlike(f"'{name}' is masked or counted otherwise than once")
     alike = bool((reads == reads[:1]).all()) and (there is None or bool((there == there[:1]).all()))
@@ -209,7 +210,7 @@ def indices(steps: Along) -> Places:
     return np.arange(steps.start, steps.stop, steps.step) if isinstance(steps, slice) else steps
 
 
-def _data(group: Group, stack: Stack, chains: int) -> tuple[Numbers, Numbers | None]:
+def data_of(group: Group, stack: Stack, chains: int) -> tuple[Numbers, Numbers | None]:
     """The data, zero where missing, and what counts. # (chains, N, K, D) each"""
     name, D = group.members[0], event_shape(group).numel()
     if seen_coordinates(group) is not None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pyro_em.distributions import bounds
@@ -52,6 +53,7 @@ class _Matrix:
     """A parameter's matrices that are covariances of sites, or their factors.
 
     Attributes:
+        name: The parameter.
         uses: Sites, each with the event of the parameter for each chain and rank. # (lead, K)
         begin: Where the parameter begins in θ.
         events: How many matrices it has.
@@ -61,6 +63,7 @@ class _Matrix:
         count: How many data each has. # (events,)
     """
 
+    name: str
     uses: tuple[tuple[int, Places], ...]
     begin: int
     events: int
@@ -68,6 +71,61 @@ class _Matrix:
     is_factor: bool
     magnitude: Numbers
     count: Numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Limits:
+    """What bounds spreads: their constraints, and what the rounding of data leaves of them.
+
+    Attributes:
+        low: By element of θ the end of its constraint. # (elements,)
+        high: # (elements,)
+        magnitude: What the rounding of a deviation is relative to. # (elements,)
+        of_matrices: The same of parameters that are matrices, by name. # (events,) or (events, D)
+    """
+
+    low: Numbers
+    high: Numbers
+    magnitude: Numbers
+    of_matrices: Mapping[str, Numbers]
+
+    @classmethod
+    def of(
+        cls,
+        graph: FactorGraph,
+        updates: Mapping[str, ParameterUpdate],
+        begins: Mapping[str, int],
+        size: int,
+    ) -> Limits:
+        """Those of all parameters with a closed form.
+
+        Args:
+            graph: The graph of the E-step.
+            updates: What was decided per parameter.
+            begins: Where each parameter begins in θ.
+            size: Elements of θ.
+        """
+        own = for_updates(graph)
+        low, high = np.full(size, -math.inf), np.full(size, math.inf)
+        magnitude, of_matrices = np.zeros(size), {}
+        for name, update in updates.items():
+            if not isinstance(update.update, ClosedForm) or not _is_of_spread(update):
+                continue
+            leaf = graph.parameters[name].leaf
+            large = data_magnitude(update, own, leaf).detach().cpu().double().numpy()
+            if update.kind is not None and update.kind.event_dim:
+                of_matrices[name] = large
+                continue
+            part = slice(begins[name], begins[name] + leaf.numel())
+            interval = bounds(graph.parameters[name].constraint)
+            if interval is not None:
+                low[part], high[part] = interval
+            magnitude[part] = large.reshape(-1)
+        return cls(low, high, magnitude, of_matrices)
+
+
+def _is_of_spread(update: ParameterUpdate) -> bool:
+    return update.kind is not None and update.kind.is_spread
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,44 +154,35 @@ class Spreads:
     def of(
         cls,
         sites: Sequence[Site],
-        graph: FactorGraph,
         updates: Mapping[str, ParameterUpdate],
         begins: Mapping[str, int],
-        size: int,
+        shapes: Mapping[str, torch.Size],
+        limits: Limits,
     ) -> Spreads:
         """Decide them.
 
         Args:
             sites: The sites.
-            graph: The graph of the E-step.
             updates: What was decided per parameter.
             begins: Where each parameter begins in θ.
-            size: Elements of θ.
+            shapes: Of these parameters.
+            limits: What bounds them.
 
         Raises:
             Unlike: If a spread has another form.
         """
-        own = for_updates(graph)
-        free = {n: u for n, u in updates.items() if isinstance(u.update, ClosedForm)}
-        low, high = np.full(size, -math.inf), np.full(size, math.inf)
-        magnitude, scalars, matrices = np.zeros(size), [], []
-        for name, update in free.items():
-            leaf = graph.parameters[name].leaf
-            part = slice(begins[name], begins[name] + leaf.numel())
-            large = data_magnitude(update, own, leaf).detach().cpu().double().numpy()
-            if update.kind is None or not update.kind.is_spread:
-                raise Unlike(f"'{name}' is no spread and no coefficient")
-            if update.kind.event_dim == 0:
-                interval = bounds(graph.parameters[name].constraint)
-                if interval is not None:
-                    low[part], high[part] = interval
-                magnitude[part] = large.reshape(-1)
-                scalars.append(part)
-            else:
-                matrices.append(_matrix_of(name, sites, begins[name], leaf.shape, large))
+        size, matrices = len(limits.low), []
         is_scalar = np.zeros(size, np.bool_)
-        for part in scalars:
-            is_scalar[part] = True
+        for name, update in updates.items():
+            if not isinstance(update.update, ClosedForm):
+                continue
+            if not _is_of_spread(update):
+                raise Unlike(f"'{name}' is no spread and no coefficient")
+            large = limits.of_matrices.get(name)
+            if large is None:
+                is_scalar[begins[name] : begins[name] + shapes[name].numel()] = True
+            else:
+                matrices.append(_matrix_of(name, sites, begins[name], shapes[name], large))
         deviations, count = [], np.zeros(size)
         for i, site in enumerate(sites):
             if site.spread.is_matrix:
@@ -154,12 +203,21 @@ class Spreads:
         return cls(
             tuple(deviations),
             chosen,
-            low[chosen],
-            high[chosen],
-            magnitude[chosen],
+            limits.low[chosen],
+            limits.high[chosen],
+            limits.magnitude[chosen],
             count[chosen],
             tuple(matrices),
         )
+
+    def within(self, limits: Limits) -> Spreads:
+        """The same within other limits."""
+        low, high, magnitude = (x[self.chosen] for x in (limits.low, limits.high, limits.magnitude))
+        matrices = tuple(
+            replace(m, magnitude=_of_events(limits.of_matrices[m.name], m.events, m.size))
+            for m in self.matrices
+        )
+        return replace(self, low=low, high=high, magnitude=magnitude, matrices=matrices)
 
     def solve(self, theta: Numbers, second: Sequence[Numbers]) -> tuple[Places, Numbers]:
         """The maximisers, and which elements of θ they are.
@@ -269,6 +327,11 @@ def _over_chains(site: Site, picked: Picked) -> tuple[Places, Places]:
     return row, np.tile(picked.column, site.lead)
 
 
+def _of_events(magnitude: Numbers, events: int, size: int) -> Numbers:
+    """Magnitudes of each matrix. # (events, D)"""
+    return np.broadcast_to(magnitude.reshape(events, -1), (events, size)).copy()
+
+
 def _matrix_of(
     name: str, sites: Sequence[Site], begin: int, shape: Sequence[int], magnitude: Numbers
 ) -> _Matrix:
@@ -292,11 +355,11 @@ def _matrix_of(
             argument = site.spread.argument
     if not uses:
         raise Unlike(f"'{name}' is no matrix of one site")
-    large = np.broadcast_to(magnitude.reshape(events, -1), (events, size)).copy()
+    large = _of_events(magnitude, events, size)
     count: Numbers = np.zeros(events)
     for i, event in uses:
         np.add.at(count, event, sites[i].count)
-    return _Matrix(tuple(uses), begin, events, size, argument == "scale_tril", large, count)
+    return _Matrix(name, tuple(uses), begin, events, size, argument == "scale_tril", large, count)
 
 
 def _covariances(m: _Matrix, theta: Numbers, second: Sequence[Numbers]) -> Numbers:

@@ -24,11 +24,12 @@ from pyro_em.posteriors.chain_sums.state_joined import joined
 from pyro_em.posteriors.chain_sums.state_matrices import ChainMatrices, ChainNumbers
 from pyro_em.posteriors.chain_sums.state_regression import Regression
 from pyro_em.posteriors.chain_sums.state_sites import Site, site_of
-from pyro_em.posteriors.chain_sums.state_spreads import Spreads
+from pyro_em.posteriors.chain_sums.state_spreads import Limits, Spreads
 from pyro_em.posteriors.chain_sums.state_sums import States, sums_of
 from pyro_em.posteriors.continuous.gaussian_steps import for_updates
-from pyro_em.posteriors.filters.kalman import is_compiled, smoothed
+from pyro_em.posteriors.filters.kalman import is_compiled, log_evidence, smoothed
 from pyro_em.posteriors.filters.state_space import Smoothed
+from pyro_em.posteriors.kept_kernels import Decided, decided
 from pyro_em.posteriors.states.gaussian_chain import GaussianChain
 from pyro_em.updates.expectations.statistics import Expectation
 from pyro_em.updates.regressions.expansion import centred_latents
@@ -72,16 +73,16 @@ class ChainTheta:
         begins: Where each that a chain reads begins in θ.
         size: Numbers in θ.
         chains: The matrices of each component.
-        regression: Least squares of coefficients.
         spreads: Closed forms of spreads.
+        decided: What holds for other data, too: least squares of coefficients, and places of numbers.
     """
 
     start: Values
     begins: Mapping[str, int]
     size: int
     chains: tuple[ChainMatrices, ...]
-    regression: Regression
     spreads: Spreads
+    decided: Decided
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -124,9 +125,7 @@ class ChainTheta:
         try:
             with np.errstate(all="ignore"):
                 for matrices in self.chains:
-                    own = matrices.at(theta)
-                    if not bool((own.space.deviation.numpy() > 0).all()):
-                        raise Handover
+                    own = _clear(matrices.at(theta))
                     states = smoothed(own.space)
                     total += float(states.log_evidence.numpy().sum()) + own.constant
                     found.append((own, states))
@@ -135,6 +134,24 @@ class ChainTheta:
         if not abs(total) < math.inf:
             raise Handover
         return Solved(total, {}, found=tuple(found))
+
+    def log_evidence(self, at: AtTheta) -> float:
+        """The evidence alone, in nats.
+
+        Raises:
+            Handover: If the step through tables has to look.
+        """
+        total = 0.0
+        try:
+            with np.errstate(all="ignore"):
+                for matrices in self.chains:
+                    own = matrices.at(at.theta)
+                    total += float(log_evidence(_clear(own).space).numpy().sum()) + own.constant
+        except np.linalg.LinAlgError as error:
+            raise Handover from error
+        if not abs(total) < math.inf:
+            raise Handover
+        return total
 
     def m_step(self, at: AtTheta, expectation: Solved) -> tuple[AtTheta, float]:
         """The maximiser, and the gain in nats.
@@ -154,7 +171,8 @@ class ChainTheta:
 
     @cached_property
     def _compiled(self) -> CompiledMStep | None:
-        return CompiledMStep.of(self.chains, self.regression, self.spreads)
+        found = self.decided.compiled
+        return None if found is None else found.on(self.chains, self.spreads)
 
     def _maximiser(self, theta: Numbers, e: Solved) -> Numbers:
         if all(is_compiled(own.space) for own, _ in e.found) and self._compiled is not None:
@@ -171,13 +189,25 @@ class ChainTheta:
             for site, n, kinds in zip(matrices.sites, own.sites, matrices.kinds, strict=True):
                 numbers.append(n)
                 sums.append(sums_of(site, n, states, kinds))
-        step = self.regression.step(numbers, sums)
-        second = [self.regression.moved(i, s, step) for i, s in enumerate(sums)]
+        regression = self.decided.regression
+        step = regression.step(numbers, sums)
+        second = [regression.moved(i, s, step) for i, s in enumerate(sums)]
         out = theta.copy()
-        out[self.regression.unknowns] += step[:-1]
+        out[regression.unknowns] += step[:-1]
         where, new = self.spreads.solve(theta, second)
         out[where] = new
         return out
+
+
+def _clear(own: ChainNumbers) -> ChainNumbers:
+    """The same chains, each of whose data has noise.
+
+    Raises:
+        Handover: If one has none.
+    """
+    if not bool((own.space.deviation.numpy() > 0).all()):
+        raise Handover
+    return own
 
 
 def _vector(values: Values, begins: Mapping[str, int], size: int) -> Numbers:
@@ -249,11 +279,38 @@ def _chain_sums(
     if centred_latents(for_updates(graph), updates):
         raise Unlike("a latent's spread may be learned as a coefficient, too")
     read = dict.fromkeys(p for b in blocks for g in b.groups for p in g.params)
-    sizes = [values[name].numel() for name in read]
+    shapes = {name: values[name].shape for name in read}
+    sizes = [shape.numel() for shape in shapes.values()]
     begins = dict(zip(read, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True)) if read else {}
     size = sum(sizes)
+    limits = Limits.of(graph, updates, begins, size)
+
+    def decide() -> Decided:
+        return _decided(graph, blocks, updates, values, begins, limits)
+
+    found = decided(blocks, updates, shapes, decide)
+    start = {n: v.clone() for n, v in values.items()}
+    spreads = found.spreads.within(limits)
+    return ChainSums(ChainTheta(start, begins, size, found.on(blocks), spreads, found))
+
+
+def _decided(
+    graph: FactorGraph,
+    blocks: Sequence[GaussianChain],
+    updates: Mapping[str, ParameterUpdate],
+    values: Values,
+    begins: Mapping[str, int],
+    limits: Limits,
+) -> Decided:
+    """Matrices and M-step of chains; see `chain_sums`.
+
+    Raises:
+        Unlike: If there are none.
+    """
+    shapes = {name: values[name].shape for name in begins}
+    size = len(limits.low)
     theta = _vector(values, begins, size)
-    chains, sites = [], list[Site]()
+    chains, members, sites = [], [], list[Site]()
     for group, block in zip(graph.groups, blocks, strict=True):
         layout = block.chains
         own = joined(
@@ -264,6 +321,7 @@ def _chain_sums(
         )
         numbers = block.numbers(group.evaluate_arguments(values))
         chains.append(ChainMatrices.of(layout, own, numbers.space, theta))
+        members.append(tuple(stacks for _, stacks in own))
         sites += [site for site, _ in own]
     free = [
         begins[n] + np.arange(values[n].numel())
@@ -271,8 +329,10 @@ def _chain_sums(
         if isinstance(u.update, LeastSquares)
     ]
     none = np.empty(0, dtype=np.int64)
-    regression = Regression.of(sites, np.concatenate([none, *free]), size)
-    spreads = Spreads.of(sites, graph, updates, begins, size)
-    start = {n: v.clone() for n, v in values.items()}
-    kernel = ChainTheta(start, begins, size, tuple(chains), regression, spreads)
-    return ChainSums(kernel)
+    return Decided(
+        tuple(b.chains for b in blocks),
+        tuple(matrices.on([None] * len(matrices.sites)) for matrices in chains),
+        tuple(members),
+        Regression.of(sites, np.concatenate([none, *free]), size),
+        Spreads.of(sites, updates, begins, shapes, limits),
+    )

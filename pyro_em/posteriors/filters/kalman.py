@@ -37,6 +37,8 @@ class _Way(Protocol):
 
     def smoothed(self, space: StateSpace) -> Smoothed: ...
 
+    def log_evidence(self, space: StateSpace) -> Tensor: ...
+
     def sampled(self, space: StateSpace, normal: Tensor) -> Tensor: ...
 
 
@@ -84,6 +86,25 @@ def smoothed(space: StateSpace) -> Smoothed:
         if nats is not None:
             found = replace(found, log_evidence=found.log_evidence + nats.sum(-1))
     return _on(found, space.value.device)
+
+
+@torch.no_grad()
+def log_evidence(space: StateSpace) -> Tensor:
+    """The evidence alone, to the bit that of `smoothed`, in nats.
+
+    Args:
+        space: The chains. No derivative is followed.
+
+    Returns:
+        # (chains,)
+
+    Example:
+        >>> log_evidence(_example()).round(decimals=4)
+        tensor([-2.9426], dtype=torch.float64)
+    """
+    narrow, nats = condensed(_on(space, torch.device("cpu")))
+    found = _way(narrow).log_evidence(narrow)
+    return (found if nats is None else found + nats.sum(-1)).to(space.value.device)
 
 
 @torch.no_grad()

@@ -81,6 +81,18 @@ def smoothed(space: StateSpace) -> Smoothed:
     )
 
 
+def log_evidence(space: StateSpace) -> Tensor:
+    """See `pyro_em.posteriors.filters.kalman.log_evidence`.
+
+    Args:
+        space: The chains, on the CPU.
+    """
+    groups = _Groups.of_space(space)
+    found = [cast(_Solved, _solved(group, space.steps)) for group in groups.each()]
+    (evidence,) = groups.together([(x.evidence,) for x in found])
+    return evidence
+
+
 @dataclass(frozen=True, eq=False)
 class _Found:
     """The E-step of a group.
@@ -118,14 +130,10 @@ def _smoothed_in(group: _Group, room: int) -> _Found | None:
 
     T, (n, k) = len(group.dynamics), group.G.shape[1:]
     transition, noise = np.empty((room, n, n)), np.empty((room, n, n))
-    memory = transition, noise
-    told = _backward(group, _NOWHERE, room, memory)
-    if told is None:
+    solved = _solved(group, room, (transition, noise))
+    if solved is None:
         return None
-    states, disturbance, squares = _follow(group, _NOWHERE, told, told.shift)
-    if told.is_far:
-        told = cast(_Backward, _backward(group, states, room, memory))
-        states, disturbance, squares = _follow(group, states, told, told.shift)
+    told = solved.told
     first, which = int(told.place[0]), np.empty(T, np.int32)
     # Covariances converge from both ends.
     covariance = np.empty((T if room == T else min(T, 3 * (room - first)), n, n))
@@ -144,8 +152,6 @@ def _smoothed_in(group: _Group, room: int) -> _Found | None:
     )
     if count < 0:
         return None
-    determinant, nats, _ = told.totals
-    evidence = -0.5 * (squares + determinant) - nats
     of_group = (
         covariance[:count],
         transition[first:],
@@ -153,7 +159,40 @@ def _smoothed_in(group: _Group, room: int) -> _Found | None:
         which,
         np.subtract(told.place, first, out=told.place),
     )
-    return _Found(float(determinant), (evidence, states, disturbance), of_group)
+    of_chains = solved.evidence, solved.states, solved.disturbance
+    return _Found(float(told.totals[0]), of_chains, of_group)
+
+
+@dataclass(frozen=True, eq=False)
+class _Solved:
+    """The noises of each step given the state before, and what follows without covariances.
+
+    Attributes:
+        told: The noises.
+        states: Means. # (M, T, n)
+        disturbance: G ε. # (M, T, n)
+        evidence: In nats. # (M,)
+    """
+
+    told: _Backward
+    states: _Floats
+    disturbance: _Floats
+    evidence: _Floats
+
+
+def _solved(
+    group: _Group, room: int, memory: tuple[_Floats, _Floats] | None = None
+) -> _Solved | None:
+    """Means and evidence; None where there is memory for too few matrices: see `_backward`."""
+    told = _backward(group, _NOWHERE, room, memory)
+    if told is None:
+        return None
+    states, disturbance, squares = _follow(group, _NOWHERE, told, told.shift)
+    if told.is_far:
+        told = cast(_Backward, _backward(group, states, room, memory))
+        states, disturbance, squares = _follow(group, states, told, told.shift)
+    determinant, nats, _ = told.totals
+    return _Solved(told, states, disturbance, -0.5 * (squares + determinant) - nats)
 
 
 def _stacked(arrays: Sequence[Any]) -> Any:

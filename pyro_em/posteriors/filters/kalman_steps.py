@@ -96,6 +96,15 @@ def smoothed(space: StateSpace) -> Smoothed:
     )
 
 
+def log_evidence(space: StateSpace) -> Tensor:
+    """See `pyro_em.posteriors.filters.kalman.log_evidence`.
+
+    Args:
+        space: The chains, on the CPU.
+    """
+    return smoothed(space).log_evidence
+
+
 def sampled(space: StateSpace, normal: Tensor) -> Tensor:
     """See `pyro_em.posteriors.filters.kalman.sampled`.
 

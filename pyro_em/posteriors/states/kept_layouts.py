@@ -29,13 +29,18 @@ def remembered(key: Hashable | None, make: Callable[[], StateLayout]) -> StateLa
     if key is None:
         return make()
     found = _layouts.pop(key, None) or make()
-    form = found.form
-    if form.chains * form.steps * (form.size + form.width) > _NUMBERS:
+    if not may_be_kept(found):
         return found
     _layouts[key] = found  # the latest last
     while len(_layouts) > _MOST:
         del _layouts[next(iter(_layouts))]
     return found
+
+
+def may_be_kept(layout: StateLayout) -> bool:
+    """Whether a layout is small enough for what follows from it to be kept."""
+    form = layout.form
+    return form.chains * form.steps * (form.size + form.width) <= _NUMBERS
 
 
 def forget_layouts() -> None:

@@ -195,6 +195,11 @@ class StateLayout:
         """Where the numbers of stacks go in tensors, for the next E-step; copies begin without."""
         return {}
 
+    @cached_property
+    def kernels(self) -> dict[Any, Any]:
+        """What steps on sums were decided to be, for the next fit; copies begin without."""
+        return {}
+
     def __getstate__(self) -> dict[str, Any]:
         return {"form": self.form, "stacks": self.stacks}
 
