@@ -30,6 +30,7 @@ from pyro_em import (
     vectorized_markov,
 )
 from pyro_em.plan import kept
+from pyro_em.posteriors.chain_sums import state_steps
 
 N = 12
 
@@ -301,6 +302,53 @@ def test_what_a_chain_without_a_loop_reads_may_be_otherwise_in_other_data(how: s
     anew = _from_the_start(unread(model), y, *now)
     assert list(again.history) == list(anew.history)
     assert torch.equal(again.posterior.mean("h_*"), anew.posterior.mean("h_*"))
+
+
+KERNELS = {
+    "other data": (True, 12, 1.0, 0.0, ()),
+    "data of a long series": (True, 300, 1.0, 0.0, ()),
+    "larger data": (True, 12, 1e9, 0.0, ()),
+    "other inputs": (False, 12, 1.0, 0.5, ()),
+    "other steps are missing": (False, 12, 1.0, 0.0, (3, 7)),
+}
+
+
+@pytest.mark.parametrize("how", list(KERNELS))
+def test_steps_on_sums_are_decided_once_for_what_differs_in_its_data_alone(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_kept, T, size, shift, missing = KERNELS[how]
+
+    def model(y: Tensor, u: Tensor, ok: Tensor) -> None:
+        phi, b = (pyro.param(n, lambda: torch.tensor(0.4)) for n in ("phi", "b"))
+        q = pyro.param("q", lambda: torch.tensor(0.8), constraint=constraints.positive)
+        r = pyro.param("r", lambda: torch.eye(2), constraint=constraints.lower_cholesky)
+        h = None
+        for t in vectorized_markov("time", T):
+            h = pyro.sample(f"h_{t}", dist.Normal(0.0 if h is None else phi * h, q))
+            mean = torch.stack([h, h + b * u[t]], -1)
+            seen = dist.MultivariateNormal(mean, scale_tril=r).mask(ok[t])
+            pyro.sample(f"y_{t}", seen, obs=y[t])
+
+    decided = []
+    decide = state_steps._decided
+    monkeypatch.setattr(
+        state_steps, "_decided", lambda *given: decided.append(given) or decide(*given)
+    )
+    u, ok = numbers(8, T), torch.ones(T, dtype=torch.bool)
+    ok[1] = False
+    _from_the_start(model, numbers(9, T, 2), u, ok)
+    ok = ok.clone()
+    ok[list(missing)] = False
+    now = size * numbers(10, T, 2), u + shift, ok
+    again = _from_the_start(model, *now)
+    assert len(decided) == 2 - is_kept
+    kept.forget_readings()
+    anew = _from_the_start(unread(model), *now)
+    assert len(decided) == 3 - is_kept
+    assert list(again.history) == list(anew.history) and again.bic == anew.bic
+    assert str(again.plan) == str(anew.plan)
+    assert all(torch.equal(again.params[n], v) for n, v in anew.params.items())
 
 
 def test_parameters_of_another_form_are_read_anew(count: dict[str, int]) -> None:

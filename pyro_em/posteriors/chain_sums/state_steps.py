@@ -19,6 +19,7 @@ from torch import Tensor
 from pyro_em.errors import Finding, Handover
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.posteriors.chain_sums.compiled_m_step import CompiledMStep
+from pyro_em.posteriors.chain_sums.kept_kernels import Decided, decided
 from pyro_em.posteriors.chain_sums.state_arguments import Numbers, Unlike
 from pyro_em.posteriors.chain_sums.state_joined import joined
 from pyro_em.posteriors.chain_sums.state_matrices import ChainMatrices, ChainNumbers
@@ -29,7 +30,6 @@ from pyro_em.posteriors.chain_sums.state_sums import States, sums_of
 from pyro_em.posteriors.continuous.gaussian_steps import for_updates
 from pyro_em.posteriors.filters.kalman import is_compiled, log_evidence, smoothed
 from pyro_em.posteriors.filters.state_space import Smoothed
-from pyro_em.posteriors.kept_kernels import Decided, decided
 from pyro_em.posteriors.states.gaussian_chain import GaussianChain
 from pyro_em.updates.expectations.statistics import Expectation
 from pyro_em.updates.regressions.expansion import centred_latents
