@@ -19,6 +19,7 @@ from pyro_em.posteriors.filters.kalman import (
     disturbances,
     filtered,
     lagged_covariance,
+    log_evidence,
     sampled,
     smoothed,
 )
@@ -245,6 +246,7 @@ def test_under_stress(case: str, way: str, monkeypatch: pytest.MonkeyPatch) -> N
     by(way, monkeypatch)
     space = STRESS[case]()
     found, expected = smoothed(space), dense(space, 0)
+    assert torch.equal(log_evidence(space), found.log_evidence)
     T = space.steps
     within = 1e-15 * abs(float(expected.log_evidence)) + 1e-9
     torch.testing.assert_close(found.log_evidence[0], expected.log_evidence, rtol=0.0, atol=within)
@@ -455,6 +457,7 @@ def test_steps_that_repeat(case: str, way: str, monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(
         found.log_evidence, expected.log_evidence.sum(-1), rtol=1e-12, atol=0.0
     )
+    assert torch.equal(log_evidence(space), found.log_evidence)
     whole = with_no_two_alike(space)
     same(found, smoothed(whole), 1e-11)
 
