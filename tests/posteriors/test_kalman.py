@@ -407,9 +407,9 @@ def test_draws_of_different_chains_differ() -> None:
     assert not torch.allclose(first, second)
 
 
-def long(T: int = 300, chains: int = 1, D: int = 2, slow: float = 0.9) -> StateSpace:
+def long(T: int = 300, chains: int = 1, D: int = 2, slow: float = 0.9, n: int = 3) -> StateSpace:
     """A chain that stays as it is, until something is missing or other matrices come."""
-    space = random(30, T=T, n=3, D=D, chains=chains)
+    space = random(30, T=T, n=n, D=D, chains=chains)
     turn = torch.linalg.qr(space.transition[0, 1])[0]
     transition = torch.stack([turn, slow * turn])[None]
     return replace(space, transition=transition, deviation=torch.ones(1, 1, D).double())
@@ -440,6 +440,7 @@ LONG: dict[str, Callable[[], StateSpace]] = {
     "own gaps": lambda: with_gaps(long(chains=3), own=True),
     "break": lambda: with_a_break(long()),
     "slow": lambda: long(slow=0.999),
+    "more than four numbers": lambda: with_gaps(long(n=6, D=5, chains=2)),
     "condensed": lambda: long(D=7),
     "condensed, gaps": lambda: with_gaps(long(D=7, chains=2)),
     "own drift": lambda: replace(long(chains=2), drift=random(31, T=300, own=True).drift),

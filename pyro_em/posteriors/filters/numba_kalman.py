@@ -16,6 +16,7 @@ import numba
 import numpy as np
 
 from pyro_em.posteriors.filters.kalman_recursions import SAME
+from pyro_em.posteriors.filters.numba_fours import apart, load, plus, store, times
 
 Work = tuple[np.ndarray, ...]  # what loops write over; Numba's own arrays take a second to compile
 
@@ -42,7 +43,8 @@ def keyed(function: Callable[..., Any], key: str) -> FunctionType:
 def _digest() -> str:
     """Of the files whose compiled functions call each other, and of what they read elsewhere."""
     found = hashlib.sha256(repr(SAME).encode())
-    for path in sorted(Path(__file__).parent.glob("numba_kalman*.py")):
+    own = Path(__file__).parent
+    for path in (own / "numba_fours.py", *sorted(own.glob("numba_kalman*.py"))):
         found.update(path.read_bytes())
     return found.hexdigest()
 
@@ -57,6 +59,15 @@ def compiled(function: Callable[..., Any]) -> Any:
         function: What Numba can compile.
     """
     return _compiled(function, {"reassoc", *_SHORT}, {"no_cfunc_wrapper": True})
+
+
+def compiled_in_order(function: Callable[..., Any]) -> Any:
+    """The same, with sums in the order of their terms.
+
+    Args:
+        function: What Numba can compile.
+    """
+    return _compiled(function, _SHORT, {"no_cfunc_wrapper": True})
 
 
 def inside(function: Callable[..., Any]) -> Any:
@@ -87,8 +98,7 @@ def _compiled(function: Callable[..., Any], fast: set[str], options: dict[str, A
 def reflect(X: np.ndarray, rows: int, above: int, pivots: int, columns: int) -> None:
     """Householder's triangle of the first columns, with a positive diagonal; the others go along.
 
-    Four columns are taken side by side, which is quicker than one after the other; those after the last
-    are zero.
+    Four columns are taken side by side; those after the last are zero.
 
     Args:
         X: # (rows or more, columns and three more, or more)
@@ -97,6 +107,7 @@ def reflect(X: np.ndarray, rows: int, above: int, pivots: int, columns: int) -> 
         pivots: How many columns are made triangular.
         columns: How many columns count.
     """
+    apart()
     for p in range(pivots):
         end = min(rows, above + p + 1)
         size = 0.0
@@ -109,30 +120,29 @@ def reflect(X: np.ndarray, rows: int, above: int, pivots: int, columns: int) -> 
         v = first - turn * norm
         tau = 1.0 / (size + abs(first) * norm)
         for c in range(p + 1, columns, 4):
-            one, two, three, four = v * X[p, c], v * X[p, c + 1], v * X[p, c + 2], v * X[p, c + 3]
+            top = load(X, p, c)
+            total = times(top, v)
             for i in range(p + 1, end):
-                x = X[i, p]
-                one += x * X[i, c]
-                two += x * X[i, c + 1]
-                three += x * X[i, c + 2]
-                four += x * X[i, c + 3]
-            one, two, three, four = tau * one, tau * two, tau * three, tau * four
-            X[p, c] = turn * (X[p, c] - one * v)
-            X[p, c + 1] = turn * (X[p, c + 1] - two * v)
-            X[p, c + 2] = turn * (X[p, c + 2] - three * v)
-            X[p, c + 3] = turn * (X[p, c + 3] - four * v)
+                total = plus(total, load(X, i, c), X[i, p])
+            total = times(total, -tau)
+            store(X, p, c, times(plus(top, total, v), turn))
             for i in range(p + 1, end):
-                x = X[i, p]
-                X[i, c] -= one * x
-                X[i, c + 1] -= two * x
-                X[i, c + 2] -= three * x
-                X[i, c + 3] -= four * x
+                store(X, i, c, plus(load(X, i, c), total, X[i, p]))
         X[p, p] = norm
+
+
+@inside
+def matrix(slab: np.ndarray, at: int, rows: int, columns: int) -> tuple[np.ndarray, int]:
+    """A matrix of some memory, and where the next one begins."""
+    apart()
+    end = at + rows * columns
+    return slab[at:end].reshape((rows, columns)), end
 
 
 @inside
 def copy(x: np.ndarray, out: np.ndarray) -> None:
     """Numba's own assignment of arrays takes a second to compile."""
+    apart()
     for i in range(x.shape[0]):
         for j in range(x.shape[1]):
             out[i, j] = x[i, j]
@@ -141,6 +151,7 @@ def copy(x: np.ndarray, out: np.ndarray) -> None:
 @inside
 def settle(new: np.ndarray, old: np.ndarray, n: int, within: float) -> bool:
     """Whether two matrices are the same, row by row; the first is then kept in the second."""
+    apart()
     largest, same = 0.0, True
     for i in range(n):
         for j in range(n):
@@ -179,6 +190,18 @@ def is_like(dynamics: np.ndarray, measurement: np.ndarray, seen: np.ndarray, t: 
 
 
 @inside
+def drifts_until(drift: np.ndarray) -> int:
+    """After how many steps a drift is zero. # drift: (M|1, T, n)"""
+    apart()
+    for t in range(drift.shape[1] - 1, -1, -1):
+        for j in range(len(drift)):
+            for i in range(drift.shape[2]):
+                if drift[j, t, i] != 0.0:
+                    return t + 1
+    return 0
+
+
+@inside
 def expect(
     A: np.ndarray,
     drift: np.ndarray,
@@ -199,8 +222,9 @@ def expect(
         mean: Where A m + a goes. # (n,)
         gained: Where m − (A m before + a) goes. # (n,)
     """
+    apart()
     for i in range(len(mean)):
-        mean[i] = drift[j % len(drift), t, i] if t < drift.shape[1] else 0.0
+        mean[i] = drift[j % len(drift), t, i]
         if len(near) > 0:
             if t > 0:
                 for l in range(len(mean)):

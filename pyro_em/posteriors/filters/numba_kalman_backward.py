@@ -8,13 +8,14 @@ from __future__ import annotations
 import numpy as np
 
 from pyro_em.posteriors.filters.kalman_recursions import SAME
+from pyro_em.posteriors.filters.numba_fours import apart, load, plus, store, times
 from pyro_em.posteriors.filters.numba_kalman import (
-    Work,
-    compiled,
+    compiled_in_order,
+    drifts_until,
     expect,
-    inside,
     inside_in_order,
     is_like,
+    matrix,
     next_look,
     reflect,
     settle,
@@ -23,7 +24,7 @@ from pyro_em.posteriors.filters.numba_kalman import (
 HALF_LOG_TWO_PI = 0.5 * np.log(2.0 * np.pi)
 
 
-@inside
+@inside_in_order
 def _own_rows(
     Y: np.ndarray,
     R: np.ndarray,
@@ -42,6 +43,7 @@ def _own_rows(
         seen: # (D,)
         columns: How many columns there are.
     """
+    apart()
     D, n = H.shape
     for d in range(D):
         for c in range(n):
@@ -52,7 +54,7 @@ def _own_rows(
     reflect(Y, D + n, D, n, columns)
 
 
-@inside
+@inside_in_order
 def _rows_before(
     X: np.ndarray, Y: np.ndarray, A: np.ndarray, G: np.ndarray, moves: bool, columns: int
 ) -> None:
@@ -66,6 +68,7 @@ def _rows_before(
         moves: Whether there is a state before.
         columns: How many columns there are, with those that go along.
     """
+    apart()
     n, k = G.shape
     for i in range(n + k):
         for c in range(k + n):
@@ -85,7 +88,7 @@ def _rows_before(
     reflect(X, n + k, n, k + n, columns)
 
 
-@inside
+@inside_in_order
 def _solve(X: np.ndarray, k: int, columns: int, W: np.ndarray) -> float:
     """Multiply by U⁻¹, in place, what is right of U in its rows; return 2 log|U|.
 
@@ -95,6 +98,7 @@ def _solve(X: np.ndarray, k: int, columns: int, W: np.ndarray) -> float:
         columns: How many columns there are.
         W: Where U⁻¹ goes. # (k, k)
     """
+    apart()
     size, product = 0.0, 1.0
     for i in range(k - 1, -1, -1):
         u = X[i, i]
@@ -119,11 +123,16 @@ def _solve(X: np.ndarray, k: int, columns: int, W: np.ndarray) -> float:
     return 2.0 * (size + np.log(product))
 
 
-@inside
+@inside_in_order
 def _first_alike(
     dynamics: np.ndarray, measurement: np.ndarray, seen: np.ndarray, first: int, t: int
 ) -> int:
     """The first step, at least that given, from which on to t all are alike."""
+    if len(seen) == 1 and first > 0:
+        u, v = dynamics[t], measurement[t]
+        while t > first and t > 1 and dynamics[t - 1] == u and measurement[t - 1] == v:
+            t -= 1
+        return t
     while t > first and is_like(dynamics, measurement, seen, t):
         t -= 1
     return t
@@ -142,8 +151,6 @@ def _down(
 ) -> float:
     """g and ζ of like steps of a chain from the last one on; return how large whitened data are.
 
-    Sums of four rows are taken side by side, which is quicker than one after the other.
-
     Args:
         turn: From the numbers of H/s and R to g and ζ, four rows side by side. # (…, D + n, 4)
         w: 1/s. # (D,)
@@ -154,6 +161,7 @@ def _down(
         last: The last one.
         both: Memory. # (2, D + n or k + n, and three more)
     """
+    apart()
     D, n, k = len(w), len(zeta), shift.shape[1]
     x, out, far = both[0], both[1], 0.0
     for i in range(n):
@@ -164,13 +172,10 @@ def _down(
             far = max(far, abs(x[d]))
         for b in range(len(turn)):
             rows = turn[b]
-            one, two, three, four = 0.0, 0.0, 0.0, 0.0
-            for l in range(D + n):
-                one += rows[l, 0] * x[l]
-                two += rows[l, 1] * x[l]
-                three += rows[l, 2] * x[l]
-                four += rows[l, 3] * x[l]
-            out[4 * b], out[4 * b + 1], out[4 * b + 2], out[4 * b + 3] = one, two, three, four
+            total = times(load(rows, 0, 0), x[0])
+            for l in range(1, D + n):
+                total = plus(total, load(rows, l, 0), x[l])
+            store(both, 1, 4 * b, total)
         for i in range(n):
             x[D + i] = out[k + i]
         for i in range(k):
@@ -180,7 +185,21 @@ def _down(
     return far
 
 
-@compiled
+def backward_memory(M: int, D: int, n: int, k: int) -> int:
+    """How many numbers `backward` writes over.
+
+    Args:
+        M: Chains.
+        D: Numbers observed at a step.
+        n: Numbers of a state.
+        k: Noises of a step.
+    """
+    told, wide = D + n, k + n
+    rows = told * (n + told + 3) + wide * (wide + told + 3) + 2 * n * n + M * (told + n)
+    return rows + wide * told + 2 * (told + k + 3) + (wide + 3) * told
+
+
+@compiled_in_order
 def backward(
     A: np.ndarray,
     G: np.ndarray,
@@ -197,7 +216,7 @@ def backward(
     shift: np.ndarray,
     place: np.ndarray,
     totals: np.ndarray,
-    work: Work,
+    slab: np.ndarray,
 ) -> None:
     """The noises of each step given the state before and all data.
 
@@ -210,25 +229,34 @@ def backward(
         measurement: # (T,)
         seen: Of each step, or of all. # (T|1, D)
         value: # (M, T, D)
-        drift: Zero at all other steps. # (M|1, T or fewer, n)
+        drift: # (M|1, T, n)
         near: What states are measured from; empty if that is zero. # (M, T, n)
         pull: Where E goes, those that differ one before the other. # (room, k or more, n)
         factor: Where W goes, likewise. # (room, k or more, k or more)
         shift: Where g goes. # (M, T, k)
         place: Where it goes which E and W a step has; the first is -1 if they are too many. # (T,)
-        totals: Where 2 Σ log|U| goes, Σ log(√2π s) of all that is seen, and how large whitened data are
-            at most. # (3,)
-        work: Zeros. # (D + n, n + D + n + 3), (n + k, k + n + D + n + 3), (n, n), (n, n), (M, D + n),
-            (k + n, D + n), (at least (k + n)/4, D + n, 4), (M, n), (2, D + n + k + 3)
+        totals: Where 2 Σ log|U| goes, Σ log(√2π s) of all that is seen, how large whitened data are at
+            most, and after how many steps nothing drifts. # (4,)
+        slab: Zeros, as many as `backward_memory` says.
     """
     M, T, D = value.shape
     n, k = G.shape[1:]
     told, wide = D + n, k + n
     # The data go along as columns if they are few, else the matrix that turns them is kept.
     few = told > M
-    Y, X, R, last, data, turn, fours, zeta, both = work
+    Y, at = matrix(slab, np.int64(0), told, n + told + 3)
+    X, at = matrix(slab, at, wide, wide + told + 3)
+    R, at = matrix(slab, at, n, n)
+    last, at = matrix(slab, at, n, n)
+    data, at = matrix(slab, at, M, told)
+    turn, at = matrix(slab, at, wide, told)
+    zeta, at = matrix(slab, at, M, n)
+    both, at = matrix(slab, at, 2, told + k + 3)
+    blocks = (wide + 3) // 4
+    end = at + 4 * blocks * told
+    fours = slab[at:end].reshape((blocks, told, 4))
     m, gained = both[0, :n], both[1, :n]
-    drifting = T if len(near) > 0 else drift.shape[1]
+    drifting = T if len(near) > 0 else drifts_until(drift)
     steady, kept, last_place, size, sizes = False, False, len(pull), 0.0, 0.0
     own_nats, nats, far, whole = 0.0, 0.0, 0.0, True
     count, look = 0, 0
@@ -332,4 +360,4 @@ def backward(
                     else:
                         zeta[j, i - k] = total
         t -= 1
-    totals[0], totals[1], totals[2] = sizes, nats, far
+    totals[0], totals[1], totals[2], totals[3] = sizes, nats, far, drifting

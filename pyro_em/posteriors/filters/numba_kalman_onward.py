@@ -8,12 +8,22 @@ from __future__ import annotations
 import numpy as np
 
 from pyro_em.posteriors.filters.kalman_recursions import SAME
-from pyro_em.posteriors.filters.numba_kalman import Work, compiled, copy, expect, next_look, settle
+from pyro_em.posteriors.filters.numba_fours import apart, load, plus, store, times
+from pyro_em.posteriors.filters.numba_kalman import (
+    compiled_in_order,
+    copy,
+    expect,
+    inside_in_order,
+    matrix,
+    next_look,
+    settle,
+)
 
+_MANY = 8  # like steps that are worth a loop of their own
 _TOGETHER = 8  # chains that are gone through step by step, so that the cache holds what is near
 
 
-@compiled
+@compiled_in_order
 def onward(
     A: np.ndarray,
     G: np.ndarray,
@@ -25,7 +35,7 @@ def onward(
     which: np.ndarray,
     transition: np.ndarray,
     noise: np.ndarray,
-    work: Work,
+    slab: np.ndarray,
 ) -> int:
     """Covariances of the states given all data; return how many differ, -1 if too many.
 
@@ -40,10 +50,13 @@ def onward(
         which: Where it goes which P a step has. # (T,)
         transition: Where Φ goes, at the places of E; zero at first. # (room, n, n)
         noise: Where C goes, at the places of W. # (room, n, n)
-        work: Zeros. # (n, k), (n, n), (n, n), (n, n)
+        slab: Zeros. # (n k + 3 n²,)
     """
     T, n, k = len(place), G.shape[1], G.shape[2]
-    J, half, last, before = work
+    J, at = matrix(slab, np.int64(0), n, k)
+    half, at = matrix(slab, at, n, n)
+    last, at = matrix(slab, at, n, n)
+    before, at = matrix(slab, at, n, n)
     steady, count, alikes, look = False, 0, 0, 0
     for t in range(T):
         alike = t > 1 and place[t] == place[t - 1]
@@ -97,7 +110,107 @@ def onward(
     return count
 
 
-@compiled
+@inside_in_order
+def _in_fours(X: np.ndarray, slab: np.ndarray, at: int) -> tuple[np.ndarray, int]:
+    """A matrix in blocks of four rows, column by column: row 4 b + i is number i of block b."""
+    apart()
+    rows, columns = X.shape
+    blocks = (rows + 3) // 4
+    out, end = matrix(slab, at, blocks * columns, 4)
+    for i in range(rows):
+        for c in range(columns):
+            out[(i // 4) * columns + c, i % 4] = X[i, c]
+    return out, end
+
+
+@inside_in_order
+def _along(
+    E: np.ndarray,
+    G: np.ndarray,
+    F: np.ndarray,
+    H: np.ndarray,
+    w: np.ndarray,
+    value: np.ndarray,
+    shift: np.ndarray,
+    delta: np.ndarray,
+    states: np.ndarray,
+    disturbance: np.ndarray,
+    first: int,
+    end: int,
+    both: np.ndarray,
+) -> float:
+    """Like steps of a chain without drift; return the squares of their noises.
+
+    With Φ = A − G E a state is Φ x + G g, x the one before: it does not wait for its noise.
+
+    Args:
+        E: As `_in_fours` lays it out, like G, Φ and H. # (n ⌈k/4⌉, 4)
+        G: # (k ⌈n/4⌉, 4)
+        F: Φ. # (n ⌈n/4⌉, 4)
+        H: # (n ⌈D/4⌉, 4)
+        w: 1/s. # (D,)
+        value: # (T, D)
+        shift: # (T, k)
+        delta: The state before the first step, then the last one. # (n,)
+        states: # (T, n)
+        disturbance: It may be the memory of `shift`. # (T, n)
+        first: The first step.
+        end: The step after the last.
+        both: Memory. # (4, max(n, k, D) and three more)
+    """
+    apart()
+    D, n, k = len(w), len(delta), shift.shape[1]
+    epsilon, moved, then = both[0], both[1], both[2]
+    squares = 0.0
+    for i in range(n):
+        moved[i] = delta[i]
+    for t in range(first, end):
+        for b in range(0, k, 4):
+            total = times(load(E, (b // 4) * n, 0), moved[0])
+            for l in range(1, n):
+                total = plus(total, load(E, (b // 4) * n + l, 0), moved[l])
+            store(both, 0, b, total)
+        for b in range(0, n, 4):
+            total = times(load(G, (b // 4) * k, 0), shift[t, 0])
+            for l in range(1, k):
+                total = plus(total, load(G, (b // 4) * k + l, 0), shift[t, l])
+            for l in range(n):
+                total = plus(total, load(F, (b // 4) * n + l, 0), moved[l])
+            store(both, 2, b, total)
+        for i in range(n):
+            states[t, i] = then[i]
+            moved[i] = then[i]
+        for i in range(k):
+            e = shift[t, i] - epsilon[i]
+            epsilon[i] = e
+            squares += e * e
+        for b in range(0, n, 4):
+            total = times(load(G, (b // 4) * k, 0), epsilon[0])
+            for l in range(1, k):
+                total = plus(total, load(G, (b // 4) * k + l, 0), epsilon[l])
+            store(both, 2, b, total)
+        for i in range(n):
+            disturbance[t, i] = then[i]
+        for b in range(0, D, 4):
+            total = times(load(H, (b // 4) * n, 0), moved[0])
+            for l in range(1, n):
+                total = plus(total, load(H, (b // 4) * n + l, 0), moved[l])
+            store(both, 3, b, total)
+        for d in range(D):
+            e = (value[t, d] - both[3, d]) * w[d]
+            squares += e * e
+    for i in range(n):
+        delta[i] = moved[i]
+    return squares
+
+
+def follow_memory(M: int, D: int, n: int, k: int) -> int:
+    """How many numbers `follow` writes over: see `pyro_em.posteriors.filters.numba_kalman_backward`."""
+    fours = (k + 3) * n + (n + 3) * (k + n) + (D + 3) * n
+    return M * n + 4 * (max(n, k, D) + 3) + n * n + fours
+
+
+@compiled_in_order
 def follow(
     A: np.ndarray,
     G: np.ndarray,
@@ -108,6 +221,7 @@ def follow(
     seen: np.ndarray,
     value: np.ndarray,
     drift: np.ndarray,
+    drifting: int,
     near: np.ndarray,
     pull: np.ndarray,
     place: np.ndarray,
@@ -115,7 +229,7 @@ def follow(
     states: np.ndarray,
     disturbance: np.ndarray,
     squares: np.ndarray,
-    work: Work,
+    slab: np.ndarray,
 ) -> None:
     """Means of the states given all data, or draws.
 
@@ -128,7 +242,8 @@ def follow(
         measurement: # (T,)
         seen: Of each step, or of all. # (T|1, D)
         value: # (M, T, D)
-        drift: Zero at all other steps. # (M|1, T or fewer, n)
+        drift: # (M|1, T, n)
+        drifting: After how many steps states are measured from zero, and nothing drifts.
         near: What states are measured from, as for `backward`. # (M, T, n)
         pull: From `backward`. # (room, k or more, n)
         place: From `backward`. # (T,)
@@ -136,55 +251,96 @@ def follow(
         states: Where they go. # (M, T, n)
         disturbance: Where G ε goes; it may be the memory of `shift`. # (M, T, n)
         squares: Where squares of all noises go. # (M,)
-        work: Zeros. # (M, n), (4, max(n, k))
+        slab: Memory for as many numbers as `follow_memory` says.
     """
     M, T, D = value.shape
     n, k = G.shape[1:]
-    delta, both = work
-    epsilon, moved, m, gained = both[0], both[1], both[2], both[3]
-    drifting = T if len(near) > 0 else drift.shape[1]
+    delta, at = matrix(slab, np.int64(0), M, n)
+    both, at = matrix(slab, at, 4, max(n, k, D) + 3)
+    phi, at = matrix(slab, at, n, n)
+    epsilon, moved, m, gained = both[0, :k], both[1, :n], both[2, :n], both[3, :n]
+    for j in range(M):
+        squares[j] = 0.0
+        for i in range(n):
+            delta[j, i] = 0.0
     for begin in range(0, M, _TOGETHER):
-        u, v, p = dynamics[0], measurement[0], place[0]
-        a, g, h, E = A[u], G[u], H[v], pull[p]  # each look at a part of an array takes time
-        for t in range(T):
-            if dynamics[t] != u or measurement[t] != v or place[t] != p:
-                u, v, p = dynamics[t], measurement[t], place[t]
-                a, g, h, E = A[u], G[u], H[v], pull[p]
-            plain = t >= drifting
-            here = t if len(seen) > 1 else 0
-            for j in range(begin, min(M, begin + _TOGETHER)):
-                total = 0.0
-                for i in range(k):
-                    e = shift[j, t, i]
-                    for l in range(n):
-                        e -= E[i, l] * delta[j, l]
-                    epsilon[i] = e
-                    total += e * e
+        stop = min(M, begin + _TOGETHER)
+        t = np.int64(0)  # no constant: functions are compiled anew for these
+        while t < T:
+            u, v, p = dynamics[t], measurement[t], place[t]
+            a, g, h, E = A[u], G[u], H[v], pull[p]  # each look at a part of an array takes time
+            end = t + 1
+            while end < T and place[end] == p:  # these are alike
+                end += 1
+            here, whole = t if len(seen) > 1 else 0, True
+            for d in range(D):
+                whole &= seen[here, d]
+            if whole and t >= drifting and end - t >= _MANY and k > 0:
                 for i in range(n):
-                    noise, other = 0.0, 0.0
-                    for l in range(k):
-                        noise += g[i, l] * epsilon[l]
-                    for l in range(n):
-                        other += a[i, l] * delta[j, l]
-                    disturbance[j, t, i] = noise
-                    moved[i] = noise + other
-                if plain:
-                    for i in range(n):
-                        delta[j, i] = moved[i]
-                        states[j, t, i] = moved[i]
-                else:
-                    expect(a, drift, near, j, t, m, gained)
-                    for i in range(n):
-                        delta[j, i] = moved[i] - gained[i]
-                        states[j, t, i] = m[i] + moved[i]
-                for d in range(D):
-                    if seen[here, d]:
-                        e, then = value[j, t, d], 0.0
-                        if not plain:
-                            for i in range(n):
-                                e -= h[d, i] * m[i]
-                        for i in range(n):
-                            then += h[d, i] * moved[i]
-                        e = (e - then) * w[v, d]
+                    for c in range(n):
+                        total = a[i, c]
+                        for l in range(k):
+                            total -= g[i, l] * E[l, c]
+                        phi[i, c] = total
+                of_E, place_of_G = _in_fours(E[:k], slab, at)
+                of_G, place_of_F = _in_fours(g, slab, place_of_G)
+                of_F, place_of_H = _in_fours(phi, slab, place_of_F)
+                of_H, _ = _in_fours(h, slab, place_of_H)
+                for j in range(begin, stop):
+                    squares[j] += _along(
+                        of_E,
+                        of_G,
+                        of_F,
+                        of_H,
+                        w[v],
+                        value[j],
+                        shift[j],
+                        delta[j],
+                        states[j],
+                        disturbance[j],
+                        t,
+                        end,
+                        both,
+                    )
+                t = end
+                continue
+            while t < end:
+                plain = t >= drifting
+                here = t if len(seen) > 1 else 0
+                for j in range(begin, stop):
+                    total = 0.0
+                    for i in range(k):
+                        e = shift[j, t, i]
+                        for l in range(n):
+                            e -= E[i, l] * delta[j, l]
+                        epsilon[i] = e
                         total += e * e
-                squares[j] += total
+                    for i in range(n):
+                        noise, other = 0.0, 0.0
+                        for l in range(k):
+                            noise += g[i, l] * epsilon[l]
+                        for l in range(n):
+                            other += a[i, l] * delta[j, l]
+                        disturbance[j, t, i] = noise
+                        moved[i] = noise + other
+                    if plain:
+                        for i in range(n):
+                            delta[j, i] = moved[i]
+                            states[j, t, i] = moved[i]
+                    else:
+                        expect(a, drift, near, j, t, m, gained)
+                        for i in range(n):
+                            delta[j, i] = moved[i] - gained[i]
+                            states[j, t, i] = m[i] + moved[i]
+                    for d in range(D):
+                        if seen[here, d]:
+                            e, then = value[j, t, d], 0.0
+                            if not plain:
+                                for i in range(n):
+                                    e -= h[d, i] * m[i]
+                            for i in range(n):
+                                then += h[d, i] * moved[i]
+                            e = (e - then) * w[v, d]
+                            total += e * e
+                    squares[j] += total
+                t += 1
