@@ -7,7 +7,7 @@ be the same in every draw, the enumerated run that is due in any case.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ from pyro_em.tracing.stored import forget_all_but
 
 
 def with_first_values(
-    task: Task, structure: Structure, *, first_look: bool, is_held: bool
+    task: Task, structure: Structure, *, first_look: bool, is_held: bool, few: bool
 ) -> Structure | None:
     """A skeleton with parameters that a plain run has given their values; None if they are others.
 
@@ -37,11 +37,12 @@ def with_first_values(
         structure: The skeleton that is known of it.
         first_look: Whether the run may advance the random state, as Pyro's first run does.
         is_held: Whether a look at the numbers of an enumerated run finds all that validation finds.
+        few: Whether few steps of a long loop over indices do, as in the first run.
     """
     unrolling = structure.series
     if unrolling is not None and needs_all_steps(unrolling.template):
         return None
-    series = None if unrolling is None else Series(unrolling.way, few=True)
+    series = None if unrolling is None else Series(unrolling.way, few=few)
     begin = random_state()
     try:
         with vectorizing(series):
@@ -79,15 +80,23 @@ def _with_parameters(
     return replace(structure, parameters=parameters) if same else None
 
 
-def may_begin_enumerated(structure: Structure) -> bool:
+def may_begin_enumerated(structure: Structure, gaussians: Collection[str]) -> bool:
     """Whether an enumerated run can draw what a plain run would, and nothing is there yet.
 
-    A latent whose distribution reads another one is drawn at one value of that in a plain run.
+    A discrete latent whose distribution reads another one is drawn at one value of that in a plain
+    run. Of Gaussian latents, which have values here, shapes say how many numbers it would draw.
+
+    Args:
+        structure: The skeleton of the model that is run.
+        gaussians: Its Gaussian latents.
     """
     store = pyro.get_param_store()
+    series = structure.series
+    if series is not None and (not gaussians or needs_all_steps(series.template)):
+        return False
     return (
         bool(structure.parameters)
-        and structure.series is None
+        and not (gaussians and structure.latents)
         and not (structure.unchecked or structure.barren or structure.masked_pairs)
         and not (structure.random_plates or structure.kept_values)
         and all(structure.sites[z].scope == (z,) for z in structure.latents)

@@ -130,7 +130,11 @@ class Readings(StaysHere):
                 if program is not None:
                     return program
                 begun = with_first_values(
-                    task, kept.structure, first_look=first_look, is_held=kept.is_held
+                    task,
+                    kept.structure,
+                    first_look=first_look,
+                    is_held=kept.is_held,
+                    few=kept.bare is None,
                 )
                 if begun is None:
                     return None
@@ -158,7 +162,9 @@ class Readings(StaysHere):
         self, task: Task, kept: Kept, names: Mapping[str, Any], first_look: bool
     ) -> Program | None:
         """The program from the one run in which parameters get their first values; None otherwise."""
-        if not kept.is_held or kept.bare is not None or not may_begin_enumerated(kept.structure):
+        if not kept.is_held or kept.kernels:
+            return None
+        if not may_begin_enumerated(kept.structure, kept.gaussians):
             return None
         begin = Begin(keep_random_state=not first_look)
 

@@ -62,6 +62,7 @@ def examine_with_loops(
                 return structure, problems
             if series.is_cut and needs_all_steps(structure):
                 set_random_state(begin)
+                forget_all_but(known)  # they begin as in a run of all steps
                 series = Series(way)
                 with vectorizing(series):
                     structure, problems = examine(model, args, kwargs, **how)

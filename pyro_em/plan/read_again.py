@@ -118,7 +118,7 @@ def on_other_data(
         model = kept.references.for_reads(task.model)
         found = Conjugates.of(model, kept.kernels, task.args, task.kwargs, structure)
     if isinstance(given.model, GivenGaussians):
-        run = given.model, given.args, given.kwargs, kept.structure
+        run = given.model, given.args, given.kwargs, structure
         lines = lines_again(kept.lines, *run, graph, log.sites, bound=not given.look_only)
         alike = Alike() if found is None else found.alike(lines)
         graph = with_lines(given, structure, lines, graph, alike)

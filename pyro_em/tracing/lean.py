@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
+import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.markov_messenger import MarkovMessenger
@@ -18,7 +19,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
-from pyro_em.tracing.sites import is_latent
+from pyro_em.tracing.sites import Role, is_latent, role_of
 
 Aside: TypeAlias = Callable[[], AbstractContextManager[None]]
 """Opens a block whose operations are none of the model's."""
@@ -116,7 +117,8 @@ class EnumTrace(LeanTrace, EnumMessenger):
         capture: A handler of parameters alone.
 
     Attributes:
-        draws: A block in which each latent is drawn before it is enumerated; None for no draws.
+        draws: A block in which each latent is drawn before it is enumerated, and Gaussian ones that
+            have values are drawn for nothing but the random state; None for no draws.
         met: Called with each site of a distribution once it is traced; None for nothing.
         aside: Opens a block whose operations are none of the model's.
     """
@@ -153,6 +155,9 @@ class EnumTrace(LeanTrace, EnumMessenger):
                 infer.pop("num_samples", None)
             else:
                 infer.pop("enumerate", None)
+        if self.draws is not None and role_of(msg) is Role.GAUSSIAN:
+            with self.draws():
+                _draw_as_at_first(msg)
         _enumerate(self, msg)
 
     def _postprocess_message(self, msg: Any) -> None:
@@ -171,6 +176,12 @@ class EnumTrace(LeanTrace, EnumMessenger):
         }
         if self.met is not None and msg["name"] in self.trace.nodes:
             self.met(self.trace.nodes[msg["name"]], self.aside)
+
+
+def _draw_as_at_first(msg: Any) -> None:
+    """Draw as many numbers as the first run of a model does for a Gaussian latent."""
+    shape = msg["fn"].shape()
+    torch.normal(msg["value"].new_zeros(shape), msg["value"].new_ones(shape))
 
 
 @contextmanager
