@@ -326,3 +326,56 @@ def test_every_number_of_values(size: int) -> None:
     drawn = pick(cumulative_rows(weights), rows, torch.Generator().manual_seed(size))
     for row in range(2):
         agree(drawn[rows == row], weights[row] / weights[row].sum())
+
+
+def test_gaussian_latents_that_nothing_observed_reads_are_drawn_with_those_above_them() -> None:
+    """h | v ~ N(μ_v, 1) and k | h ~ N(2 h, 1), and a discrete latent v without data of its own."""
+    mu = torch.tensor([-5.0, 5.0])
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("N", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.3, 0.7])))
+            v = pyro.sample("v", dist.Categorical(torch.tensor([[0.2, 0.8], [0.9, 0.1]])[z]))
+            h = pyro.sample("h", dist.Normal(mu[v], 1.0))
+            pyro.sample("k", dist.Normal(2 * h, 1.0))
+            pyro.sample("x", dist.Normal(mu[z], 5.0), obs=x)
+
+    q = ExactPosteriorEM(model).posterior(torch.tensor([-1.0, 2.0]))
+    draws = q.sample(20_000, seed=0)
+    h, k, v = (draws[n].double() for n in ("h", "k", "v"))
+    error = 4 / math.sqrt(20_000)  # standard errors of a mean of numbers of unit spread
+    assert (h - mu.double()[v.long()]).mean(0).abs().max() < error
+    assert (h - mu.double()[v.long()]).square().mean(0).sub(1).abs().max() < 1.5 * error
+    assert (k - 2 * h).mean(0).abs().max() < error
+    assert (k - 2 * h).square().mean(0).sub(1).abs().max() < 1.5 * error
+    assert torch.allclose(v.mean(0), q.probs("v")[:, 1].double(), atol=error)
+    best = q.mode()
+    assert torch.equal(best["h"], mu[best["v"]]) and torch.equal(best["k"], 2 * best["h"])
+
+
+def test_draws_of_a_chain_go_on_where_the_data_end() -> None:
+    """The steps after the last observation have the covariance of a random walk."""
+
+    def model(y: Tensor) -> None:
+        h = torch.tensor(0.0)
+        for t in pyro.markov(range(len(y))):
+            h = pyro.sample(f"h_{t}", dist.Normal(h, 1.0))
+            pyro.sample(f"y_{t}", dist.Normal(h, 1.0), obs=y[t])
+
+    y = torch.tensor([0.5, 1.0, torch.nan, torch.nan])
+    q = ExactPosteriorEM(model, missing="nan").posterior(y)
+    h = q.sample(20_000, seed=0)["h_*"].double()
+    spread = (
+        torch.tensor(
+            [
+                [2.0, 1.0, 1.0, 1.0],
+                [1.0, 3.0, 3.0, 3.0],
+                [1.0, 3.0, 8.0, 8.0],
+                [1.0, 3.0, 8.0, 13.0],
+            ]
+        )
+        / 5
+    )  # of the first two: the inverse of [[3, −1], [−1, 2]]
+    assert torch.allclose(torch.cov(h), spread.double(), atol=0.06)
+    assert torch.allclose(h.mean(1), q.mean("h_*").double(), atol=0.05)
+    assert q.mode()["h_*"].shape == (4,)

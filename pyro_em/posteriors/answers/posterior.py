@@ -4,6 +4,7 @@ kind of latent is asked in the same words, and mostly docstrings: the faces of e
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from torch import Tensor
 from pyro_em.arguments import seed_of, site_name, whole
 from pyro_em.elsewhere import OF_SUMMED, NamesFromElsewhere
 from pyro_em.errors import UsageError, message
-from pyro_em.globs import Values, meant
+from pyro_em.globs import Values, listed, meant
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.portable import Portable
 from pyro_em.posteriors.answers.conjugate_faces import (
@@ -35,6 +36,8 @@ from pyro_em.posteriors.answers.stacks import batch_shape
 from pyro_em.posteriors.continuous.gaussian_steps import Solved, conjugates_in, gaussians_in
 from pyro_em.posteriors.sampling import codes_of, draw_codes
 from pyro_em.tracing.without_sympy import PlainShapes
+
+logger = logging.getLogger("pyro_em")
 
 
 @dataclass(frozen=True, eq=False)
@@ -329,6 +332,20 @@ class Posterior(Portable, NamesFromElsewhere):
         names = meant(site, tuple(faces.places)) if faces.places else ()
         return [faces.site(n) for n in names] or None
 
+    def _gaussian_with_unread(self) -> GaussianFaces:
+        """All Gaussian latents together: also those that no observation depends on.
+
+        They are left out where their distribution given the others is not Gaussian, and where the model
+        cannot be asked any more.
+        """
+        if self.later is None or self._conjugate.places:
+            return self._gaussian
+        try:
+            return self.later.faces(self.later.names)
+        except UsageError as error:
+            logger.debug("draws leave out %s: %s", listed(self.later.names), error)
+            return self._gaussian
+
     @property
     def _gaussian(self) -> GaussianFaces:
         return GaussianFaces(self.graph, gaussians_in(self.solved), self.cells)
@@ -476,17 +493,18 @@ class Posterior(Portable, NamesFromElsewhere):
             gives the path of a chain: ``mode()["z_*"]`` # (T, *plates, *event)
         """
         best = self._discrete.best()
-        if self.solved:
-            codes = self._codes(best)
-            best |= self._gaussian.mode(codes)
+        gaussian = self._gaussian_with_unread()
+        if gaussian.solved or self.solved:
+            codes = self._codes(best, gaussian)
+            best |= gaussian.mode(codes)
             best |= self._conjugate.mode(codes)
         return under_user_names(self.graph, best)
 
-    def _codes(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _codes(self, values: Mapping[str, Tensor], gaussian: GaussianFaces) -> dict[str, Tensor]:
         """The places of values in the supports of the discrete latents. # (*leading, *plates)"""
-        if all(not self.graph.groups[g].dims[0] for g in self.solved):
-            return {}
-        return codes_of(self.graph, values)
+        read = [self.graph.groups[g] for g in self.solved]
+        read += [gaussian.graph.groups[g] for g in gaussian.solved]
+        return codes_of(self.graph, values) if any(group.dims[0] for group in read) else {}
 
     def sample(self, n: int = 1, *, seed: int | None = None) -> Values:
         """Draw jointly from the posterior: discrete latents first, Gaussian ones given these.
@@ -497,7 +515,9 @@ class Posterior(Portable, NamesFromElsewhere):
 
         Returns:
             For each latent its drawn values # (n, *plates, *event); a glob gives those of a chain, time
-            first as everywhere: ``sample(n)["z_*"]`` # (T, n, *plates, *event)
+            first as everywhere: ``sample(n)["z_*"]`` # (T, n, *plates, *event). Gaussian latents that
+            no observation depends on are drawn with the others; those of other families, whose
+            posterior is their prior, by `ExactPosteriorEM.predictive`.
         """
         n, seed = whole("sample", "n", n, None), seed_of("sample", seed)
         if n < 1:
@@ -517,10 +537,11 @@ class Posterior(Portable, NamesFromElsewhere):
                 values = z.support[codes[name].reshape(size, *batch_shape(self.graph, z))]
                 out[name][done : done + size] = values
             done += size
-        if self.solved:
-            codes = self._codes(out)
+        gaussian = self._gaussian_with_unread()
+        if gaussian.solved or self.solved:
+            codes = self._codes(out, gaussian)
             conjugate = self._conjugate
             drawn = conjugate.sample(n, generator, codes)
-            out |= self._gaussian.sample(n, generator, codes, conjugate.by_group(drawn))
+            out |= gaussian.sample(n, generator, codes, conjugate.by_group(drawn))
             out |= drawn
         return under_user_names(self.graph, out)
