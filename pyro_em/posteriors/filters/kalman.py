@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import fields, replace
+from functools import cache
 from typing import Protocol, TypeVar, cast
 
 import torch
@@ -20,6 +21,7 @@ from pyro_em.posteriors.filters.condensed import condensed
 from pyro_em.posteriors.filters.kalman_moments import filtered_by_moments, smoothed_by_moments
 from pyro_em.posteriors.filters.state_space import Filtered, Smoothed, StateSpace
 
+_CPU = torch.device("cpu")
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
@@ -58,7 +60,7 @@ def filtered(space: StateSpace) -> Filtered:
     if _is_differentiated(space):
         return filtered_by_moments(space)
     with torch.no_grad():
-        narrow, nats = condensed(_on(space, torch.device("cpu")))
+        narrow, nats = condensed(_on(space, _CPU))
         found = _way(narrow).filtered(narrow)
         if nats is not None:
             found = replace(found, log_evidence=found.log_evidence + nats)
@@ -80,12 +82,12 @@ def smoothed(space: StateSpace) -> Smoothed:
     """
     if _is_differentiated(space):
         return smoothed_by_moments(space)
-    with torch.no_grad():
-        narrow, nats = condensed(_on(space, torch.device("cpu")))
-        found = _way(narrow).smoothed(narrow)
-        if nats is not None:
-            found = replace(found, log_evidence=found.log_evidence + nats.sum(-1))
-    return _on(found, space.value.device)
+    here = _on(space, _CPU)
+    narrow, nats = condensed(here)
+    found = _way(narrow).smoothed(narrow)
+    if nats is not None:
+        found = replace(found, log_evidence=found.log_evidence + nats.sum(-1))
+    return found if here is space else _on(found, space.value.device)
 
 
 @torch.no_grad()
@@ -102,7 +104,7 @@ def log_evidence(space: StateSpace) -> Tensor:
         >>> log_evidence(_example()).round(decimals=4)
         tensor([-2.9426], dtype=torch.float64)
     """
-    narrow, nats = condensed(_on(space, torch.device("cpu")))
+    narrow, nats = condensed(_on(space, _CPU))
     found = _way(narrow).log_evidence(narrow)
     return (found if nats is None else found + nats.sum(-1)).to(space.value.device)
 
@@ -126,7 +128,7 @@ def sampled(space: StateSpace, n: int, generator: torch.Generator | None = None)
     like = space.value
     shape = n, space.chains, space.steps, space.noise.shape[-1]
     normal = torch.randn(shape, generator=generator, dtype=torch.float64, device=like.device)
-    narrow, _ = condensed(_on(space, torch.device("cpu")))
+    narrow, _ = condensed(_on(space, _CPU))
     return _way(narrow).sampled(narrow, normal.cpu()).to(like.device)
 
 
@@ -191,6 +193,12 @@ def _way(space: StateSpace) -> _Way:
     """Compiled loops, unless they are not there or few steps make their start the longest part."""
     if not is_compiled(space):
         return cast(_Way, kalman_steps)
+    return _compiled_way()
+
+
+@cache
+def _compiled_way() -> _Way:
+    """It is not imported before it is needed."""
     from pyro_em.posteriors.filters import kalman_compiled
 
     return cast(_Way, kalman_compiled)
@@ -198,7 +206,10 @@ def _way(space: StateSpace) -> _Way:
 
 def _on(x: _T, device: torch.device) -> _T:
     """The same numbers elsewhere."""
-    if all(t is None or t.device == device for t in vars(x).values()):
+    numbers = vars(x).values()
+    if device is _CPU and all(t is None or t.is_cpu for t in numbers):
+        return x
+    if all(t is None or t.device == device for t in numbers):
         return x
     found = {f.name: getattr(x, f.name) for f in fields(x)}
     return replace(x, **{k: t if t is None else t.to(device) for k, t in found.items()})
@@ -206,8 +217,9 @@ def _on(x: _T, device: torch.device) -> _T:
 
 def _is_differentiated(space: StateSpace) -> bool:
     """Whether a derivative may be asked for."""
-    numbers = vars(space).values()
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in numbers)
+    if not torch.is_grad_enabled():
+        return False
+    return any(x is not None and x.requires_grad for x in vars(space).values())
 
 
 def _example() -> StateSpace:

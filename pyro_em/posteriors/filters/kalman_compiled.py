@@ -6,8 +6,9 @@ be lies between tensors and loops: with a series of a thousand steps it counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -110,10 +111,11 @@ def smoothed(space: StateSpace) -> Smoothed:
     Args:
         space: The chains, on the CPU.
     """
+    group = _only_group(space)
+    if group is not None:
+        return Smoothed(*map(torch.from_numpy, smoothed_group(group)))
     groups = _Groups.of_space(space)
     found = [smoothed_group(group) for _, group in groups.each()]
-    if groups.of is None:
-        return Smoothed(*map(torch.from_numpy, found[0]))
     evidence, mean, disturbance = groups.together(
         [(x.evidence, x.mean, x.disturbance) for x in found]
     )
@@ -158,44 +160,45 @@ def _smoothed_in(group: Group, room: int) -> SmoothedGroup | None:
     Returns:
         None if it is too small.
     """
-    from pyro_em.posteriors.filters.numba_kalman_onward import onward
-
     T, (n, k) = len(group.dynamics), group.G.shape[1:]
     transition, noise = np.empty((room, n, n)), np.empty((room, n, n))
     solved = _solved(group, room, (transition, noise) if k <= n else None)
     if solved is None:
         return None
-    told = solved.told
-    place = told.place
+    (pull, factor, _, place, totals), states, disturbance, evidence = solved
     first, which = int(place[0]), np.empty(T, np.int32)
     # Covariances converge from both ends.
     covariance = np.empty((T if room == T else min(T, 3 * (room - first)), n, n))
-    count = onward(
-        group.A,
-        group.G,
-        group.dynamics,
-        told.pull,
-        told.factor,
-        place,
-        covariance,
-        which,
-        transition,
-        noise,
-        np.zeros(n * k + 3 * n * n),
+    work = np.zeros(n * k + 3 * n * n)
+    A, G, dynamics = group.A, group.G, group.dynamics
+    count = _loops().onward(
+        A, G, dynamics, pull, factor, place, covariance, which, transition, noise, work
     )
     if count < 0:
         return None
-    return SmoothedGroup(
-        solved.evidence,
-        told.totals[:1],
-        solved.states,
-        solved.disturbance,
-        covariance[None, :count],
-        which[None],
-        transition[None, first:],
-        noise[None, first:],
-        np.subtract(place, first, out=place)[None],
-    )
+    np.subtract(place, first, out=place)
+    transition, noise = transition[None, first:], noise[None, first:]
+    shared = covariance[None, :count], which[None], transition, noise, place[None]
+    return SmoothedGroup(evidence, totals[:1], states, disturbance, *shared)
+
+
+class _Loops(NamedTuple):
+    """Compiled loops: see `numba_kalman_backward` and `numba_kalman_onward`."""
+
+    backward: Any
+    backward_memory: Callable[[int, int, int, int], int]
+    follow: Any
+    follow_memory: Callable[[int, int, int, int], int]
+    onward: Any
+
+
+@cache
+def _loops() -> _Loops:
+    """Those of the smoother; to import them takes time, and Numba."""
+    from pyro_em.posteriors.filters.numba_kalman_backward import backward, backward_memory
+    from pyro_em.posteriors.filters.numba_kalman_onward import follow, follow_memory, onward
+
+    return _Loops(backward, backward_memory, follow, follow_memory, onward)
 
 
 class _Backward(NamedTuple):
@@ -240,8 +243,8 @@ def _solved(
     if told.is_far:
         told = cast(_Backward, _backward(group, states, room, memory))
         states, disturbance, squares = _follow(group, states, told, told.shift)
-    totals = told.totals
-    return _Solved(told, states, disturbance, -0.5 * (squares + totals[0]) - totals[1])
+    size, nats = told.totals[:2].tolist()
+    return _Solved(told, states, disturbance, -0.5 * (squares + size) - nats)
 
 
 def _backward(
@@ -261,14 +264,13 @@ def _backward(
     Returns:
         None if there are more.
     """
-    from pyro_em.posteriors.filters.numba_kalman_backward import backward, backward_memory
-
     M, T, D = group.value.shape
     n, k = group.G.shape[1:]
     pull, factor = memory or (np.empty((room, k, n)), np.empty((room, k, k)))
     shift, place, totals = np.empty((M, T, k)), np.empty(T, np.int32), np.empty(4)
-    slab = np.zeros(backward_memory(M, D, n, k))
-    backward(*group[1:], near, pull, factor, shift, place, totals, slab)
+    loops = _loops()
+    slab = np.zeros(loops.backward_memory(M, D, n, k))
+    loops.backward(*group[1:], near, pull, factor, shift, place, totals, slab)
     return None if place[0] < 0 else _Backward(pull, factor, shift, place, totals)
 
 
@@ -283,17 +285,15 @@ def _follow(
         told: The noises of each step given the state before.
         shift: Their means, or draws of them; its memory may be used for G ε. # (M, T, k)
     """
-    from pyro_em.posteriors.filters.numba_kalman_onward import follow, follow_memory
-
     M, T, D = group.value.shape
     n, k = group.G.shape[1:]
     states, squares = np.empty((M, T, n)), np.empty(M)
     disturbance = shift if k == n else np.empty_like(states)
     drifting = int(told.totals[3])
-    slab = np.empty(follow_memory(M, D, n, k))
-    follow(
-        *group[1:], drifting, near, told.pull, told.place, shift, states, disturbance, squares, slab
-    )
+    loops = _loops()
+    slab = np.empty(loops.follow_memory(M, D, n, k))
+    out = states, disturbance, squares, slab
+    loops.follow(*group[1:], drifting, near, told.pull, told.place, shift, *out)
     return states, disturbance, squares
 
 
@@ -325,6 +325,25 @@ def _stacked(arrays: Sequence[Any]) -> Any:
     for own, x in zip(out, arrays, strict=True):
         own[: len(x)] = x
     return out
+
+
+def _only_group(space: StateSpace) -> Group | None:
+    """All chains as one group; None where there are more."""
+    A, G, H, s = (
+        x.detach().numpy() for x in (space.transition, space.noise, space.loading, space.deviation)
+    )
+    if max(len(A), len(G), len(H), len(s)) > 1:
+        return None
+    if space.seen is None:
+        seen = np.ones((1, space.value.shape[-1]), np.bool_)
+    elif len(space.seen) > 1:
+        return None
+    else:
+        seen = _array(space.seen[0])
+    rest = _array(space.value), _array(space.drift)
+    dynamics, measurement = _array(space.dynamics), _array(space.measurement)
+    A, G, H, s = (np.ascontiguousarray(x[0]) for x in (A, G, H, s))
+    return Group(s, A, G, H, 1.0 / s, dynamics, measurement, seen, *rest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -359,6 +378,10 @@ class _Groups:
     def each(self) -> Iterator[tuple[_Ints | slice, Group]]:
         """One after the other: which chains they are, and their numbers."""
         space = self.space
+        only = _only_group(space)
+        if only is not None:
+            yield slice(None), only
+            return
         A, G, H, s, dynamics, measurement, value, drift = map(
             _array,
             (
@@ -373,13 +396,6 @@ class _Groups:
             ),
         )
         w = 1.0 / s
-        if self.of is None:
-            seen = np.ascontiguousarray(self.seen[0])
-            yield (
-                slice(None),
-                Group(s[0], A[0], G[0], H[0], w[0], dynamics, measurement, seen, value, drift),
-            )
-            return
         for b in range(self.count):
             chains = np.flatnonzero(self.of == b)
             first = int(chains[0])
