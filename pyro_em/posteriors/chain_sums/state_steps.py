@@ -205,7 +205,7 @@ def _clear(own: ChainNumbers) -> ChainNumbers:
     Raises:
         Handover: If one has none.
     """
-    if not bool((own.space.deviation.numpy() > 0).all()):
+    if not own.space.deviation.numpy().min() > 0:
         raise Handover
     return own
 
