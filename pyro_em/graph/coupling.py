@@ -29,6 +29,8 @@ _MANY_SITES = 1500  # sites in all runs together up to which every pair of eleme
 _FEW, _MOST = 3, 10  # halves of a plate that are moved
 _DRAWS = 64  # values of a latent that is read as a number, until something moves
 
+_ON, _OFF = torch.tensor(True), torch.tensor(False)
+
 Sites = Mapping[str, Mapping[str, Any]]
 
 
@@ -138,7 +140,7 @@ def moved_by(
     unobserved: Sites,
     latent: str,
     names: Iterable[str],
-) -> frozenset[str]:
+) -> tuple[frozenset[str], frozenset[str]]:
     """Sites that differ when one latent takes other values and all other latents keep theirs.
 
     Args:
@@ -146,15 +148,19 @@ def moved_by(
         unobserved: All latents as a plain run traced them.
         latent: The latent that moves.
         names: The sites that are looked at.
+
+    Returns:
+        Those that differ, and those that are there for some of its values only.
     """
     held = {n: s["value"].detach() for n, s in unobserved.items()}
     levels = _Levels(unobserved[latent], torch.Generator().manual_seed(11))
     others = [n for n in names if n != latent]
-    before, found = run(held), set[str]()
+    before, found, passing = run(held), set[str](), set[str]()
     for i in range(_DRAWS):
         if found and i >= _FEW:
             break  # a branch may need many draws to be seen at all
         after = run({**held, latent: levels.next(i).to(held[latent].dtype)})
+        passing |= before.keys() ^ after.keys()
         for name in others:
             if name not in before or name not in after:
                 continue
@@ -164,7 +170,7 @@ def moved_by(
                 for (_, x, event_dim), (_, y, _) in pairs
             ):
                 found.add(name)
-    return frozenset(found)
+    return frozenset(found), frozenset(passing)
 
 
 class _Levels:
@@ -285,10 +291,13 @@ def parts_of(site: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, int]]:
         yield "log density", log_p, 0
     if site["is_observed"] and isinstance(value, Tensor):
         yield "value", value, fn.event_dim
+    # A number of Python may follow from a latent's value, too: mask=bool(z.any()).
     if isinstance(mask, Tensor):
         yield "mask", mask, reinterpreted
-    if isinstance(site["scale"], Tensor):
-        yield "scale", site["scale"], 0
+    else:
+        yield "mask", _OFF if mask is False else _ON, 0
+    scale = site["scale"]
+    yield "scale", scale if isinstance(scale, Tensor) else torch.tensor(float(scale)), 0
 
 
 def differs(a: Tensor, b: Tensor, event_dim: int) -> Tensor | None:

@@ -361,6 +361,8 @@ def _require_same(
     with torch.no_grad():
         nesting = structure.max_plate_nesting
         off = disagreements(sites, looked, structure.latents, nesting, forms, parts)
+        if not off and structure.reduced and not parts:
+            off = _off_elsewhere(model, args, kwargs, sites, structure, looked, forms)
         if not off:
             return
         # What the model draws at random, or keeps from run to run, differs by itself.
@@ -380,6 +382,36 @@ def _require_same(
     ]
     if problems:
         raise_findings(problems)
+
+
+def _off_elsewhere(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    sites: Mapping[str, dict[str, Any]],
+    structure: Structure,
+    looked: Mapping[str, Mapping[str, Any]],
+    forms: Mapping[str, Hashable | None],
+) -> list[tuple[str, str]]:
+    """Sites that differ where latents are at the ends of their supports.
+
+    A largest value, a sum, whether any is true: of all values of an enumerated latent together it may
+    be by chance what it is of the one value of a plain run.
+    """
+    drawn = (Role.LATENT, Role.GUIDE)
+    held = {n: s["value"] for n, s in looked.items() if role_of(s) in drawn}
+    held = {n: getattr(v, "_t", v) for n, v in held.items()}
+    for end in (0, -1):
+        ends = {}
+        for name in structure.reduced & held.keys() & set(structure.latents):
+            fn = sites[name]["fn"]
+            last = fn.enumerate_support(expand=False)[end].detach().reshape(fn.event_shape)
+            ends[name] = last.expand(held[name].shape)
+        run = held_run(model, args, kwargs, {**structure.kept_values, **held, **ends})
+        off = disagreements(sites, run, structure.latents, structure.max_plate_nesting, forms, None)
+        if off:
+            return off
+    return []
 
 
 def _require_inside(sites: Mapping[str, dict[str, Any]], structure: Structure) -> None:

@@ -85,6 +85,8 @@ _MATRIX = _words("""
 
 _WHOLE = (None, None, None)
 
+_DIMS = _words("dim dims axis")
+
 _PRODUCT = _words("matmul mm bmm mv dot inner __matmul__ __rmatmul__")
 
 
@@ -108,12 +110,15 @@ class Mixing:
     Attributes:
         suspects: Latents whose plates' elements may have been mixed.
         read: Latents that were turned into numbers or arrays of Python, or written into tensors.
+        reduced: Latents outside plates of which a whole tensor was summed, sorted or compared: once
+            they are enumerated it holds all of their values.
     """
 
     def __init__(self, plates: Mapping[str, frozenset[int]]) -> None:
         self.plates = {name: sizes for name, sizes in plates.items() if sizes}
         self.suspects: set[str] = set()
         self.read: set[str] = set()
+        self.reduced: set[str] = set()
         self._known: dict[frozenset[str], tuple[frozenset[str], frozenset[int]]] = {}
 
     def see(
@@ -145,8 +150,20 @@ class Mixing:
             sizes = frozenset(n for z in own for n in self.plates[z])
             self._known[tags] = own, sizes
         own, sizes = self._known[tags]
+        if name in _ALONG and len(own) < len(tags) and _is_whole(name, args, kwargs):
+            self.reduced |= tags - own
         if own and not own <= self.suspects and _may_mix(name, args, kwargs, sizes, is_tagged, out):
             self.suspects |= own
+
+
+def _is_whole(name: str, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a reduction takes a tensor without dimensions, or all dimensions of a tensor."""
+    if not args or not isinstance(args[0], Tensor):
+        return False
+    if not _shape(args[0]):
+        return True
+    names_dim = len(args) > _DIM_AT.get(name, 1) or not kwargs.keys().isdisjoint(_DIMS)
+    return not names_dim and name not in _LAST | _FIRST | _SECOND
 
 
 def _is_written(name: str, kwargs: Mapping[str, Any]) -> bool:

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pyro_em.errors import raise_findings
 from pyro_em.graph.coupling import Coupling, couplings, moved_by
+from pyro_em.graph.failing.failures import changing_sites
 from pyro_em.tracing.allocation import NumbersNeeded
 from pyro_em.tracing.runs import Model, Run, held_run
 from pyro_em.tracing.sites import latents_in
@@ -23,6 +25,7 @@ def with_numbers_read(
 
     Raises:
         NumbersNeeded: If a run without numbers cannot tell.
+        ModelError: If a site is there for some values of a latent only.
     """
     scopes = {n: frozenset(scope) for n, scope in tagged.scopes.items()}
     if not tagged.read:
@@ -32,11 +35,13 @@ def with_numbers_read(
         if plain.shadows is not None:
             raise NumbersNeeded
         try:
-            moved = moved_by(
+            moved, passing = moved_by(
                 lambda values: held_run(model, args, kwargs, values), latents, latent, scopes
             )
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
             continue  # other values lead elsewhere; what is refused of it is refused below
+        if passing:
+            raise_findings([changing_sites(sorted(passing), ())])
         for name in moved:
             scopes[name] |= {latent}
     return scopes

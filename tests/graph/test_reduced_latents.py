@@ -1,0 +1,91 @@
+"""Models that reduce or branch on whole latents: refused, whatever the one plain run happened to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_em import ExactPosteriorEM, ModelError
+
+X = torch.tensor([0.3, -1.0, 0.8, 1.1, -0.2])
+
+
+def _with_loc(loc: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.3, 0.7])))
+        with pyro.plate("n", len(x)):
+            pyro.sample("x", dist.Normal(loc(z), 1.0), obs=x)
+
+    return model
+
+
+MU = torch.tensor([-1.0, 1.0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "loc",
+    [
+        lambda z: MU[z.max()],
+        lambda z: MU[z.min()],
+        lambda z: MU[z.sum().clamp(max=1)],
+        lambda z: MU[1] if z.any() else MU[0],
+        lambda z: MU[1] if (z == 1).all() else MU[0],
+    ],
+    ids=["max", "min", "sum", "any", "all"],
+)
+def test_a_latent_outside_plates_that_is_reduced(
+    loc: Callable[[Tensor], Tensor], seed: int
+) -> None:
+    pyro.set_rng_seed(seed)
+    with pytest.raises(ModelError, match="with 'z' enumerated, its argument 'loc' is not what"):
+        ExactPosteriorEM(_with_loc(loc)).posterior(X)
+
+
+def test_a_reduction_of_one_event_is_no_reduction_of_values() -> None:
+    rows = torch.tensor([[0.5, 1.5], [-1.0, 0.0]])
+    found = ExactPosteriorEM(_with_loc(lambda z: rows[z].sum(-1))).posterior(X)
+    parts = [dist.Normal(r.sum(), 1.0).log_prob(X).sum() for r in rows]
+    exact = torch.logsumexp(torch.stack(parts) + torch.tensor([0.3, 0.7]).log(), 0)
+    assert found.log_evidence == pytest.approx(float(exact))
+
+
+def _sites_come_and_go(z: Tensor, x: Tensor) -> None:
+    if z.sum() > 0:
+        pyro.sample("x", dist.Normal(MU[z], 1.0), obs=x)
+
+
+def _masked(z: Tensor, x: Tensor) -> None:
+    with pyro.poutine.mask(mask=bool(z.any())):
+        pyro.sample("x", dist.Normal(MU[z], 1.0), obs=x)
+
+
+def _scaled(z: Tensor, x: Tensor) -> None:
+    with pyro.poutine.scale(scale=2.0 if z.any() else 1.0):
+        pyro.sample("x", dist.Normal(MU[z], 1.0), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (_sites_come_and_go, "its sites differ from run to run: 'x'"),
+        (_masked, "site 'x': its mask reads latent 'z' of other elements"),
+        (_scaled, "site 'x': its scale reads latent 'z' of other elements"),
+    ],
+)
+def test_a_branch_on_all_elements_of_a_plate(
+    body: Callable[[Tensor, Tensor], None], text: str
+) -> None:
+    """With all of z at zero there is no observation: that alone has more mass than all the rest."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("n", len(x)):
+            body(pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5]))), x)
+
+    with pytest.raises(ModelError, match=text):
+        ExactPosteriorEM(model).posterior(X)
