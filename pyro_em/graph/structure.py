@@ -78,8 +78,8 @@ class Structure(Portable):
     False is in ``masked_pairs``. passing: Sites that only carry values from step to step, and do not
     count. series: How its loops are read over index tensors
     (`pyro_em.graph.vectorised_loops.series.Unrolling`), where they are. lines: Sites whose mean is
-    bound apart, as it reads Gaussian latents. reduced: Latents outside plates of which the model reduces
-    whole tensors: an enumerated run has to agree with plain ones at more than one of their values.
+    bound apart, as it reads Gaussian latents. reduced: Latents outside plates of which the model
+    reduces whole tensors: an enumerated run has to agree with plain ones at several of their values.
     """
 
     plates: Mapping[str, Plate]

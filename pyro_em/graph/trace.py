@@ -19,7 +19,7 @@ from pyro_em.graph.diagonals import with_diagonals
 from pyro_em.graph.enumerated import more_than_torch_has, run_enumerated
 from pyro_em.graph.factors import FIXED_SIZE, FactorGraph, Latent
 from pyro_em.graph.failing.failures import changing_sites
-from pyro_em.graph.findings.agreement import differing, disagreements, other_model
+from pyro_em.graph.findings.another_model import require_same
 from pyro_em.graph.findings.side_effects import refuse_clearing
 from pyro_em.graph.forms import FEW, forms_of, in_forms
 from pyro_em.graph.layout import FactorLayout
@@ -33,9 +33,8 @@ from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.loops import NotVectorized, vectorizing
 from pyro_em.tracing.missing import missing_of
 from pyro_em.tracing.operations import OperationLog
-from pyro_em.tracing.randomness import seeded
-from pyro_em.tracing.runs import Begin, Model, Run, held_run
-from pyro_em.tracing.sites import Role, factors_in, frames_of, mask_tensor, role_of
+from pyro_em.tracing.runs import Begin, Model, Run
+from pyro_em.tracing.sites import Role, factors_in, frames_of, mask_tensor
 
 
 @fewer_collections()
@@ -224,7 +223,7 @@ def _traced(
     if layout.problems:
         raise_findings(layout.problems)
     if looked is not None:
-        _require_same(model, args, kwargs, sites, structure, looked, forms, parts)
+        require_same(model, args, kwargs, sites, structure, looked, forms, parts)
     if values is None:  # not at a trial point
         _require_inside(sites, structure)
     if only is not None and not _is_masked(layout):
@@ -345,73 +344,6 @@ def _require_sizes(
                         )
                     ]
                 )
-
-
-def _require_same(
-    model: Model,
-    args: tuple,
-    kwargs: dict[str, Any],
-    sites: Mapping[str, dict[str, Any]],
-    structure: Structure,
-    looked: Mapping[str, Mapping[str, Any]],
-    forms: Mapping[str, Hashable | None],
-    parts: Mapping[int, tuple[int, Tensor]] | None,
-) -> None:
-    """Refuse a model that is another one when its latents are enumerated."""
-    with torch.no_grad():
-        nesting = structure.max_plate_nesting
-        off = disagreements(sites, looked, structure.latents, nesting, forms, parts)
-        if not off and structure.reduced and not parts:
-            off = _off_elsewhere(model, args, kwargs, sites, structure, looked, forms)
-        if not off:
-            return
-        # What the model draws at random, or keeps from run to run, differs by itself.
-        drawn = (Role.LATENT, Role.GUIDE)
-        held = {n: s["value"] for n, s in looked.items() if role_of(s) in drawn}
-        held = {n: getattr(v, "_t", v) for n, v in held.items()}
-        held = {**structure.kept_values, **held}
-        runs = []
-        for seed in (23, 24):
-            with seeded(seed):
-                runs.append(held_run(model, args, kwargs, held))
-        by_itself = {name for name, _ in differing(runs[0], runs[1], [name for name, _ in off])}
-    problems = [
-        other_model(name, what, [z for z in structure.sites[name].scope if z != name])
-        for name, what in off
-        if name not in by_itself
-    ]
-    if problems:
-        raise_findings(problems)
-
-
-def _off_elsewhere(
-    model: Model,
-    args: tuple,
-    kwargs: dict[str, Any],
-    sites: Mapping[str, dict[str, Any]],
-    structure: Structure,
-    looked: Mapping[str, Mapping[str, Any]],
-    forms: Mapping[str, Hashable | None],
-) -> list[tuple[str, str]]:
-    """Sites that differ where latents are at the ends of their supports.
-
-    A largest value, a sum, whether any is true: of all values of an enumerated latent together it may
-    be by chance what it is of the one value of a plain run.
-    """
-    drawn = (Role.LATENT, Role.GUIDE)
-    held = {n: s["value"] for n, s in looked.items() if role_of(s) in drawn}
-    held = {n: getattr(v, "_t", v) for n, v in held.items()}
-    for end in (0, -1):
-        ends = {}
-        for name in structure.reduced & held.keys() & set(structure.latents):
-            fn = sites[name]["fn"]
-            last = fn.enumerate_support(expand=False)[end].detach().reshape(fn.event_shape)
-            ends[name] = last.expand(held[name].shape)
-        run = held_run(model, args, kwargs, {**structure.kept_values, **held, **ends})
-        off = disagreements(sites, run, structure.latents, structure.max_plate_nesting, forms, None)
-        if off:
-            return off
-    return []
 
 
 def _require_inside(sites: Mapping[str, dict[str, Any]], structure: Structure) -> None:

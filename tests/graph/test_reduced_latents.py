@@ -1,4 +1,4 @@
-"""Models that reduce or branch on whole latents: refused, whatever the one plain run happened to draw."""
+"""Models that reduce or branch on whole latents are refused, whatever one plain run happens to draw."""
 
 from __future__ import annotations
 
