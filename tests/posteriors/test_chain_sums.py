@@ -20,6 +20,7 @@ from pyro_em.fitting.results import identified
 from pyro_em.fitting.steps.em_map import ByTracing
 from pyro_em.posteriors.chain_sums import numba_m_step
 from pyro_em.posteriors.filters import kalman
+from pyro_em.posteriors.filters.state_space import SmoothedArrays
 from pyro_em.tracing.parameters import values_of
 from tests.posteriors.chain_models import noise, number, positive
 from tests.posteriors.random_chains import random_chain
@@ -176,6 +177,12 @@ def require_same_when_compiled(model: Callable[[], None], monkeypatch: pytest.Mo
         step = theta._compiled.maximiser(at.theta, found.found)
     assert step is not None and not np.array_equal(step, at.theta)
     np.testing.assert_allclose(step, theta._by_numpy(at.theta, found), rtol=1e-11, atol=1e-13)
+    for own, states in found.found:
+        smoothed = states.tensors if isinstance(states, SmoothedArrays) else states
+        by_numpy = kalman.smoothed(own.space)
+        for name in ("log_evidence", "mean", "disturbance", "covariance", "transition", "noise"):
+            one, other = getattr(smoothed, name), getattr(by_numpy, name)
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -16,12 +16,16 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from pyro_em.posteriors.chain_sums.state_arguments import Numbers, Places
-from pyro_em.posteriors.chain_sums.state_matrices import ChainMatrices, ChainNumbers
+from pyro_em.posteriors.chain_sums.state_matrices import (
+    TRANSITION,
+    ChainMatrices,
+    ChainNumbers,
+)
 from pyro_em.posteriors.chain_sums.state_regression import Line, Regression
 from pyro_em.posteriors.chain_sums.state_sites import Site, indices
 from pyro_em.posteriors.chain_sums.state_spreads import LOST, Spreads
 from pyro_em.posteriors.chain_sums.state_sums import SiteNumbers, SiteSums
-from pyro_em.posteriors.filters.state_space import Smoothed
+from pyro_em.posteriors.filters.state_space import Smoothed, SmoothedArrays
 
 _LARGEST = 64  # unknowns of a system that loops solve as quickly as LAPACK
 _CLEAR = 1e8  # the condition of systems beyond which numpy's way looks at eigenvalues
@@ -121,7 +125,7 @@ class CompiledMStep:
         return replace(self, chains=chains, spreads=spreads, least=spreads.rounding)
 
     def maximiser(
-        self, theta: Numbers, found: Sequence[tuple[ChainNumbers, Smoothed]]
+        self, theta: Numbers, found: Sequence[tuple[ChainNumbers, Smoothed | SmoothedArrays]]
     ) -> Numbers | None:
         """θ after the M-step; None where numpy's way has to look.
 
@@ -234,21 +238,16 @@ class _States:
     sums: Numbers
 
     @classmethod
-    def of(cls, own: ChainNumbers, found: Smoothed, dynamics: Places) -> _States:
+    def of(cls, own: ChainNumbers, found: Smoothed | SmoothedArrays, dynamics: Places) -> _States:
         from pyro_em.posteriors.chain_sums.numba_m_step import disturbances
 
-        A = _ready(own.space.transition.numpy(), np.float64)
-        P, F, C = (
-            _ready(x.numpy(), np.float64)
-            for x in (found.covariances, found.transitions, found.noises)
-        )
-        of_P, of_F = (
-            _ready(x.numpy(), np.int32) for x in (found.which_covariance, found.which_transition)
-        )
+        if isinstance(found, Smoothed):
+            found = SmoothedArrays(*(_ready(x, x.dtype) for x in SmoothedArrays.of(found)))
+        _, _, mean, noise, P, of_P, F, C, of_F = found
+        A = _ready(own.arrays[TRANSITION], np.float64)
         U, n = A.shape[1:3]
         sums = np.zeros((3, len(P), U, n, n))
         disturbances(P, of_P, F, C, of_F, A, dynamics, sums, np.empty((2, n, n)))
-        mean, noise = (_ready(x.numpy(), np.float64) for x in (found.mean, found.disturbance))
         return cls(mean, noise, P, of_P, sums)
 
 

@@ -13,13 +13,16 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_em.posteriors.chain_sums.state_arguments import Numbers, Places, Unlike
 from pyro_em.posteriors.chain_sums.state_flat import Scatter, Vector
 from pyro_em.posteriors.chain_sums.state_sites import Site, indices
 from pyro_em.posteriors.chain_sums.state_sums import SiteNumbers
-from pyro_em.posteriors.filters.state_space import StateSpace
+from pyro_em.posteriors.filters.condensed import stays_wide
+from pyro_em.posteriors.filters.kalman import compiles, smoothed
+from pyro_em.posteriors.filters.state_space import Smoothed, SmoothedArrays, StateSpace
 from pyro_em.posteriors.states.state_layout import StateLayout
 
 Values = Mapping[str, Tensor]
@@ -64,14 +67,39 @@ class ChainNumbers:
     """The arguments of some chains at parameters.
 
     Attributes:
-        space: Their state-space model.
+        arrays: Transition, drift, noise, loading, deviation and data.
         sites: Of each site.
         constant: What the evidence has besides, in nats.
+        of: The chains.
     """
 
-    space: StateSpace
+    arrays: Sequence[Numbers]
     sites: tuple[SiteNumbers, ...]
     constant: float
+    of: ChainMatrices
+
+    @cached_property
+    def space(self) -> StateSpace:
+        """Their state-space model."""
+        A, drift, G, H, s, value = (torch.from_numpy(x) for x in self.arrays)
+        own = self.of
+        return StateSpace(A, drift, G, own.dynamics, H, s, own.measurement, value, own.seen)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether loops over their steps are compiled."""
+        chains, steps = self.arrays[DATA].shape[:2]
+        return compiles(chains * steps)
+
+    def smoothed(self) -> Smoothed | SmoothedArrays:
+        """Their E-step."""
+        if self.of.steps is None or not self.is_compiled:
+            return smoothed(self.space)
+        from pyro_em.posteriors.filters.kalman_compiled import Group, smoothed_group
+
+        A, drift, G, H, s, value = (np.ascontiguousarray(x) for x in self.arrays)
+        own = s[0], A[0], G[0], H[0], 1.0 / s[0]
+        return smoothed_group(Group(*own, *self.of.steps, value, drift))
 
 
 TRANSITION, DRIFT, NOISE, LOADING, DEVIATION, DATA = range(6)
@@ -179,9 +207,7 @@ class ChainMatrices:
             LinAlgError: If a covariance is none.
         """
         arrays, own, constant = self.arrays(theta)
-        A, drift, G, H, s, value = (torch.from_numpy(x) for x in arrays)
-        space = StateSpace(A, drift, G, self.dynamics, H, s, self.measurement, value, self.seen)
-        return ChainNumbers(space, tuple(own), constant)
+        return ChainNumbers(arrays, tuple(own), constant, self)
 
     def arrays(self, theta: Numbers) -> tuple[list[Numbers], list[SiteNumbers], float]:
         """The matrices, the numbers of each site, and what the evidence has besides, in nats."""
@@ -213,6 +239,20 @@ class ChainMatrices:
                 where[2].into(data, residual.reshape(len(residual), site.steps, -1))
         A, G, H, s = self._small.at(vector)
         return [A, drift, G, H, s, data], own, constant
+
+    @cached_property
+    def steps(self) -> tuple[Places, Places, NDArray[np.bool_]] | None:
+        """Which matrices each step has, and what is seen; None where chains differ, or data are many.
+
+        See `pyro_em.posteriors.filters.kalman_compiled.Group`.
+        """
+        D, n = self.bare[LOADING].shape[-2:]
+        seen = np.ones((1, 1, D), np.bool_) if self.seen is None else self.seen.numpy()
+        leads = (len(self.bare[i]) for i in _SMALL)
+        if max(*leads, len(seen)) > 1 or not stays_wide(n, D):
+            return None
+        dynamics, measurement = _whole(self.dynamics), _whole(self.measurement)
+        return dynamics, measurement, np.ascontiguousarray(seen[0])
 
     @cached_property
     def vector(self) -> Vector:
@@ -289,6 +329,11 @@ def _places(site: Site, kinds: Places, n: int, k: int, D: int) -> tuple[Entry, E
     one = np.sort(of_C[0])
     is_twice = bool((one[1:] == one[:-1]).any())
     return Entry(of_C, is_twice), Entry(of_spread, False), Entry(of_last, False)
+
+
+def _whole(x: Tensor) -> Places:
+    """Whole numbers of steps, one after the other in memory."""
+    return np.ascontiguousarray(x.numpy())
 
 
 def _by_rows(x: Numbers, matrices: Numbers) -> Numbers:

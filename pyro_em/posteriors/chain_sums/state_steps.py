@@ -22,14 +22,19 @@ from pyro_em.posteriors.chain_sums.compiled_m_step import CompiledMStep
 from pyro_em.posteriors.chain_sums.kept_kernels import Decided, decided
 from pyro_em.posteriors.chain_sums.state_arguments import Numbers, Unlike
 from pyro_em.posteriors.chain_sums.state_joined import joined
-from pyro_em.posteriors.chain_sums.state_matrices import ChainMatrices, ChainNumbers
+from pyro_em.posteriors.chain_sums.state_matrices import (
+    DEVIATION,
+    TRANSITION,
+    ChainMatrices,
+    ChainNumbers,
+)
 from pyro_em.posteriors.chain_sums.state_regression import Regression
 from pyro_em.posteriors.chain_sums.state_sites import Site, site_of
 from pyro_em.posteriors.chain_sums.state_spreads import Limits, Spreads
 from pyro_em.posteriors.chain_sums.state_sums import States, sums_of
 from pyro_em.posteriors.continuous.gaussian_steps import for_updates
-from pyro_em.posteriors.filters.kalman import is_compiled, log_evidence, smoothed
-from pyro_em.posteriors.filters.state_space import Smoothed
+from pyro_em.posteriors.filters.kalman import log_evidence
+from pyro_em.posteriors.filters.state_space import Smoothed, SmoothedArrays
 from pyro_em.posteriors.states.gaussian_chain import GaussianChain
 from pyro_em.updates.expectations.statistics import Expectation
 from pyro_em.updates.regressions.expansion import centred_latents
@@ -46,7 +51,7 @@ class Solved(Expectation):
         found: Of each component, numbers and the smoother's results.
     """
 
-    found: tuple[tuple[ChainNumbers, Smoothed], ...] = ()
+    found: tuple[tuple[ChainNumbers, Smoothed | SmoothedArrays], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +131,8 @@ class ChainTheta:
             with np.errstate(all="ignore"):
                 for matrices in self.chains:
                     own = _clear(matrices.at(theta))
-                    states = smoothed(own.space)
-                    total += float(states.log_evidence.numpy().sum()) + own.constant
+                    states = own.smoothed()
+                    total += float(states.log_evidence.sum()) + own.constant
                     found.append((own, states))
         except np.linalg.LinAlgError as error:
             raise Handover from error
@@ -175,7 +180,7 @@ class ChainTheta:
         return None if found is None else found.on(self.chains, self.spreads)
 
     def _maximiser(self, theta: Numbers, e: Solved) -> Numbers:
-        if all(is_compiled(own.space) for own, _ in e.found) and self._compiled is not None:
+        if all(own.is_compiled for own, _ in e.found) and self._compiled is not None:
             found = self._compiled.maximiser(theta, e.found)
             if found is not None:
                 return found
@@ -185,7 +190,8 @@ class ChainTheta:
         numbers, sums = [], []
         for matrices, (own, found) in zip(self.chains, e.found, strict=True):
             dynamics = matrices.dynamics.numpy()
-            states = States.of(found, own.space.transition.numpy(), dynamics)
+            smoothed = found if isinstance(found, Smoothed) else found.tensors
+            states = States.of(smoothed, own.arrays[TRANSITION], dynamics)
             for site, n, kinds in zip(matrices.sites, own.sites, matrices.kinds, strict=True):
                 numbers.append(n)
                 sums.append(sums_of(site, n, states, kinds))
@@ -205,7 +211,7 @@ def _clear(own: ChainNumbers) -> ChainNumbers:
     Raises:
         Handover: If one has none.
     """
-    if not own.space.deviation.numpy().min() > 0:
+    if not own.arrays[DEVIATION].min() > 0:
         raise Handover
     return own
 

@@ -38,9 +38,9 @@ def condensed(space: StateSpace) -> tuple[StateSpace, Tensor | None]:
         >>> condensed(space)[0].value.shape
         torch.Size([1, 8, 1])
     """
-    n, D = space.loading.shape[-1], space.loading.shape[-2]
-    if 2 * n >= D:  # not worth its time
+    if stays_wide(space.loading.shape[-1], space.loading.shape[-2]):
         return space, None
+    n = space.loading.shape[-1]
     by_pattern = _by_pattern(space)
     if by_pattern is None or 4 * by_pattern.loading.shape[1] > space.steps:
         return space, None
@@ -63,6 +63,11 @@ def condensed(space: StateSpace) -> tuple[StateSpace, Tensor | None]:
         whole = whole[..., :n]
     ones = torch.ones_like(R[..., 0])
     return replace(by_pattern, loading=R, deviation=ones, value=value, seen=whole), nats
+
+
+def stays_wide(n: int, D: int) -> bool:
+    """Whether so many numbers observed at a step are not worth the time, with a state of n."""
+    return 2 * n >= D
 
 
 def _by_pattern(space: StateSpace) -> StateSpace | None:

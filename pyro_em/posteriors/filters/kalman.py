@@ -186,7 +186,12 @@ def disturbances(space: StateSpace, smoothed: Smoothed) -> tuple[Tensor, Tensor]
 
 def is_compiled(space: StateSpace) -> bool:
     """Whether loops over these steps are compiled."""
-    return _HAS_NUMBA and space.chains * space.steps > _FEW
+    return compiles(space.chains * space.steps)
+
+
+def compiles(steps: int) -> bool:
+    """Whether loops over so many steps of all chains are compiled."""
+    return _HAS_NUMBA and steps > _FEW
 
 
 def _way(space: StateSpace) -> _Way:

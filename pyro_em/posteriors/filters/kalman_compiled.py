@@ -17,7 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_em.posteriors.filters.kalman_arrays import FAR
-from pyro_em.posteriors.filters.state_space import Filtered, Smoothed, StateSpace
+from pyro_em.posteriors.filters.state_space import (
+    Filtered,
+    Smoothed,
+    SmoothedArrays,
+    StateSpace,
+)
 
 _Floats = NDArray[np.float64]
 _Ints = NDArray[np.int64]
@@ -56,32 +61,6 @@ class Group(NamedTuple):
     drift: _Floats
 
 
-class SmoothedGroup(NamedTuple):
-    """The E-step of a group, as arrays: see `Smoothed`.
-
-    Attributes:
-        evidence: # (M,)
-        determinant: # (1,)
-        mean: # (M, T, n)
-        disturbance: # (M, T, n)
-        covariances: # (1, P, n, n)
-        which_covariance: # (1, T)
-        transitions: # (1, Q, n, n)
-        noises: # (1, Q, n, n)
-        which_transition: # (1, T)
-    """
-
-    evidence: _Floats
-    determinant: _Floats
-    mean: _Floats
-    disturbance: _Floats
-    covariances: _Floats
-    which_covariance: _Which
-    transitions: _Floats
-    noises: _Floats
-    which_transition: _Which
-
-
 def filtered(space: StateSpace) -> Filtered:
     """See `pyro_em.posteriors.filters.kalman.filtered`.
 
@@ -113,17 +92,17 @@ def smoothed(space: StateSpace) -> Smoothed:
     """
     group = _only_group(space)
     if group is not None:
-        return Smoothed(*map(torch.from_numpy, smoothed_group(group)))
+        return smoothed_group(group).tensors
     groups = _Groups.of_space(space)
     found = [smoothed_group(group) for _, group in groups.each()]
     evidence, mean, disturbance = groups.together(
-        [(x.evidence, x.mean, x.disturbance) for x in found]
+        [(x.log_evidence, x.mean, x.disturbance) for x in found]
     )
     shared = [
         groups.of_chains(_stacked([x[0] for x in own]))
         for own in zip(*(x[4:] for x in found), strict=True)
     ]
-    determinant = groups.of_chains(np.concatenate([x.determinant for x in found]))
+    determinant = groups.of_chains(np.concatenate([x.log_determinant for x in found]))
     return Smoothed(evidence, determinant, mean, disturbance, *shared)
 
 
@@ -139,7 +118,7 @@ def log_evidence(space: StateSpace) -> Tensor:
     return evidence
 
 
-def smoothed_group(group: Group) -> SmoothedGroup:
+def smoothed_group(group: Group) -> SmoothedArrays:
     """The E-step of a group; memory for as many different matrices as most chains have.
 
     Args:
@@ -147,10 +126,10 @@ def smoothed_group(group: Group) -> SmoothedGroup:
     """
     T = len(group.dynamics)
     found = _smoothed_in(group, T // 4) if T > _LONG else None
-    return found or cast(SmoothedGroup, _smoothed_in(group, T))
+    return found or cast(SmoothedArrays, _smoothed_in(group, T))
 
 
-def _smoothed_in(group: Group, room: int) -> SmoothedGroup | None:
+def _smoothed_in(group: Group, room: int) -> SmoothedArrays | None:
     """The same.
 
     Args:
@@ -179,7 +158,7 @@ def _smoothed_in(group: Group, room: int) -> SmoothedGroup | None:
     np.subtract(place, first, out=place)
     transition, noise = transition[None, first:], noise[None, first:]
     shared = covariance[None, :count], which[None], transition, noise, place[None]
-    return SmoothedGroup(evidence, totals[:1], states, disturbance, *shared)
+    return SmoothedArrays(evidence, totals[:1], states, disturbance, *shared)
 
 
 class _Loops(NamedTuple):

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -143,6 +146,30 @@ class Smoothed:
     def noise(self) -> Tensor:
         """C_t = Cov(x_t | x_{t−1}, y). # (chains|1, T, n, n)"""
         return _each(self.noises, self.which_transition)
+
+
+class SmoothedArrays(NamedTuple):
+    """`Smoothed` as arrays, in its order: what goes from loops to loops needs no tensors."""
+
+    log_evidence: NDArray[np.float64]
+    log_determinant: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    disturbance: NDArray[np.float64]
+    covariances: NDArray[np.float64]
+    which_covariance: NDArray[np.int32]
+    transitions: NDArray[np.float64]
+    noises: NDArray[np.float64]
+    which_transition: NDArray[np.int32]
+
+    @staticmethod
+    def of(found: Smoothed) -> SmoothedArrays:
+        """The same memory."""
+        return SmoothedArrays(*(getattr(found, name).numpy() for name in SmoothedArrays._fields))
+
+    @property
+    def tensors(self) -> Smoothed:
+        """The same memory."""
+        return Smoothed(*map(torch.from_numpy, self))
 
 
 def _each(different: Tensor, which: Tensor) -> Tensor:
