@@ -28,10 +28,14 @@ class SharedDistributions:
     """Gives sites of a run the distribution of an earlier site where it is the same."""
 
     def __init__(self) -> None:
+        self._first: dict[Hashable, Distribution | None] = {}  # None once another was met
         self._known: dict[Hashable, list[tuple[Distribution, list[Tensor]]]] = {}
 
     def __call__(self, site: dict[str, Any], aside: Aside) -> None:
         """Look at a site that has just been traced.
+
+        The first distribution of its class and shape is looked at when there is a second one: most
+        models have none.
 
         Args:
             site: The site, which is changed.
@@ -40,16 +44,26 @@ class SharedDistributions:
         fn = site["fn"]
         if not isinstance(fn, Distribution):
             return
-        tensors = list({id(t): t for t in tensors_of(fn)}.values())
-        if sum([t.numel() for t in tensors]) < _LEAST:
+        kind = type(fn), fn.batch_shape, fn.event_shape
+        if kind not in self._first:
+            self._first[kind] = fn
             return
         with aside(), torch.no_grad():
-            site["fn"] = self._first_like(fn, tensors)
+            first, self._first[kind] = self._first[kind], None
+            if first is not None:
+                self._first_like(first)
+            site["fn"] = self._first_like(fn)
 
-    def _first_like(self, fn: Distribution, tensors: list[Tensor]) -> Distribution:
+    def _first_like(self, fn: Distribution) -> Distribution:
         """The first distribution that this one equals, which may be itself."""
+        tensors = list({id(t): t for t in tensors_of(fn)}.values())
+        if sum([t.numel() for t in tensors]) < _LEAST:
+            return fn
         layout = layout_of_distribution(fn)
-        graphs = [outline(t, {}) for t in tensors if t.requires_grad]
+        try:
+            graphs = [outline(t, {}) for t in tensors if t.requires_grad]
+        except RuntimeError:  # what an operation saved has been written since
+            return fn
         shown = [g for g in graphs if g is not None]
         if layout is None or len(shown) < len(graphs):
             return fn
