@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -47,17 +48,18 @@ def log_density(
         >>> log_density(family, torch.zeros(3, 1), arguments, 2, 0).shape
         torch.Size([3, 2])
     """
-
-    given = (value, *arguments.values(), *(() if elements is None else (elements,)))
-    batch = torch.broadcast_shapes(*(t.shape[:lead] for t in given))
-    value, elements = (
-        once_each(value, lead),
-        None if elements is None else once_each(elements, lead),
-    )
-    arguments = {name: once_each(a, lead) for name, a in arguments.items()}
-    given = (value, *arguments.values(), *(() if elements is None else (elements,)))
-    distinct = torch.broadcast_shapes(*(t.shape[:lead] for t in given))
-    return _in_pieces(family, value, arguments, lead, event_dims, elements, distinct).expand(batch)
+    given = [value, *arguments.values()]
+    if elements is not None:
+        given.append(elements)
+    batch = torch.broadcast_shapes(*[t.shape[:lead] for t in given])
+    once = [once_each(t, lead) for t in given]
+    if all(map(operator.is_, once, given)):
+        out = _in_pieces(family, value, arguments, lead, event_dims, elements, batch)
+        return out.expand(batch)  # a density need not read all that is given
+    value, own = once[0], dict(zip(arguments, once[1:], strict=False))
+    elements = None if elements is None else once[-1]
+    distinct = torch.broadcast_shapes(*[t.shape[:lead] for t in once])
+    return _in_pieces(family, value, own, lead, event_dims, elements, distinct).expand(batch)
 
 
 def _in_pieces(
@@ -70,16 +72,9 @@ def _in_pieces(
     batch: Sequence[int],
 ) -> Tensor:
     """`log_density` where nothing is said twice. The batch: # (*lead)"""
-
-    def whole(value: Tensor, arguments: Mapping[str, Tensor], elements: Tensor | None) -> Tensor:
-        log_p = family.log_prob(value, arguments)
-        if elements is not None:
-            log_p = torch.where(elements, log_p, 0.0)
-        return log_p.sum(tuple(range(-event_dims, 0))) if event_dims else log_p
-
     numbers = math.prod(batch) * math.prod(value.shape[lead:])
     if numbers <= 2 * _PIECE or torch.is_grad_enabled():
-        return whole(value, arguments, elements)
+        return _whole(family, value, arguments, event_dims, elements)
     axis = max(range(lead), key=lambda i: batch[i])
     size = max(1, _PIECE * batch[axis] // numbers)
 
@@ -87,9 +82,11 @@ def _in_pieces(
         return t.narrow(axis, begin, min(size, batch[axis] - begin)) if t.shape[axis] > 1 else t
 
     def piece(begin: int) -> Tensor:
-        log_p = whole(
+        log_p = _whole(
+            family,
             cut(value, begin),
             {name: cut(a, begin) for name, a in arguments.items()},
+            event_dims,
             None if elements is None else cut(elements, begin),
         )
         shape = list(log_p.shape)
@@ -97,3 +94,17 @@ def _in_pieces(
         return log_p.expand(shape)
 
     return torch.cat([piece(begin) for begin in range(0, batch[axis], size)], axis)
+
+
+def _whole(
+    family: Family,
+    value: Tensor,
+    arguments: Mapping[str, Tensor],
+    event_dims: int,
+    elements: Tensor | None,
+) -> Tensor:
+    """The density of all that is given."""
+    log_p = family.log_prob(value, arguments)
+    if elements is not None:
+        log_p = torch.where(elements, log_p, 0.0)
+    return log_p.sum(tuple(range(-event_dims, 0))) if event_dims else log_p

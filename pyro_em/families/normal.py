@@ -158,27 +158,31 @@ def _multivariate_normal_log_density(value: Tensor, arguments: Arguments) -> Ten
         tril = torch.linalg.solve_triangular(upper, eye, upper=False)
     loc = arguments["loc"]
     n_batch = max(value.dim(), loc.dim(), tril.dim() - 1) - 1
-    value, loc = (t.reshape((1,) * (n_batch + 1 - t.dim()) + t.shape) for t in (value, loc))
-    tril = tril.reshape((1,) * (n_batch + 2 - tril.dim()) + tril.shape)
+    value, loc = _led_by(value, n_batch + 1), _led_by(loc, n_batch + 1)
+    tril = _led_by(tril, n_batch + 2)
     # Dimensions that share one matrix become right-hand sides of one triangular solve.
     shared = [i for i in range(n_batch) if tril.shape[i] == 1]
     matrix_axes = [i for i in range(n_batch) if tril.shape[i] != 1]
+    n, D = len(matrix_axes), tril.shape[-1]
     # What is small is laid out anew, not the differences.
-    value, loc = (t.permute(*matrix_axes, n_batch, *shared).contiguous() for t in (value, loc))
-    d = value - loc
-    sizes = [max(n, tril.shape[i]) for n, i in zip(d.shape, matrix_axes, strict=False)]
-    matrix = tril.reshape([tril.shape[i] for i in matrix_axes] + list(tril.shape[-2:]))
-    rows = d.flatten(len(matrix_axes) + 1) if shared else d.unsqueeze(-1)
-    rows = rows.expand(*sizes, *rows.shape[-2:])
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    axes = (*matrix_axes, n_batch, *shared)
+    d = value.permute(axes).contiguous() - loc.permute(axes).contiguous()
+    matrix = tril.reshape([*(tril.shape[i] for i in matrix_axes), D, D])
+    rows = d.flatten(n + 1) if shared else d.unsqueeze(-1)
+    eye = torch.eye(D, dtype=matrix.dtype, device=matrix.device)
     # Inverting the small triangle once and multiplying is faster than a solve with many columns.
     white = torch.linalg.solve_triangular(matrix, eye, upper=False) @ rows
     distance = (white * white).sum(-2)
-    distance = distance.reshape(sizes + list(d.shape[len(matrix_axes) + 1 :]))
+    distance = distance.reshape(distance.shape[:n] + d.shape[n + 1 :])
     order = matrix_axes + shared
     distance = distance.permute([order.index(i) for i in range(n_batch)])
     log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return -0.5 * (distance + tril.shape[-1] * math.log(2 * math.pi)) - log_det
+    return torch.add(-0.5 * D * math.log(2 * math.pi) - log_det, distance, alpha=-0.5)
+
+
+def _led_by(t: Tensor, dims: int) -> Tensor:
+    """A tensor with as many dimensions, those that it lacks on the left of size one."""
+    return t if t.dim() == dims else t.reshape((1,) * (dims - t.dim()) + t.shape)
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,10 @@ def contraction_of(graph: FactorGraph, extra: Sequence[tuple[str, ...]] = ()) ->
 
 def scales_of(graph: FactorGraph) -> list[Tensor | float] | None:
     """Each factor's scale, or None where all are one."""
-    if all(g.is_unscaled for g in graph.groups):
-        return None
-    return [s for g in graph.groups for s in g.scale]
+    for group in graph.groups:
+        if not group.is_unscaled:
+            return [s for g in graph.groups for s in g.scale]
+    return None
 
 
 def check_scales(graph: FactorGraph, plan: ContractionPlan) -> list[str]:

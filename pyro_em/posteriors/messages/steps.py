@@ -185,6 +185,8 @@ def step_cells(graph: FactorGraph, tables: Sequence[Tensor]) -> StepCells | None
     Returns:
         Evidence and cells; None also where messages lose what may matter.
     """
+    if len(graph.latents) < _LEAST:
+        return None
     steps = steps_of(graph)
     if steps is None:
         products = product_steps(graph)
@@ -320,6 +322,8 @@ def best_path(graph: FactorGraph, tables: Sequence[Tensor]) -> Tensor | None:
     Returns:
         Positions in the latents' supports. # (latents, *plates)
     """
+    if len(graph.latents) < _LEAST:
+        return None
     steps = steps_of(graph)
     if steps is None:
         products = product_steps(graph)
