@@ -20,7 +20,7 @@ from __future__ import annotations
 import sys
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import EllipsisType, FunctionType, MethodWrapperType
 from typing import Any
 
@@ -104,7 +104,7 @@ _OF_TORCH = (
 _ITERATOR = type(iter(()))  # of a tensor's parts
 
 
-_PLAIN = (bool, int, float, complex, str, bytes)
+_PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.Size})
 
 
 _COUNTING = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -149,44 +149,27 @@ class CallLog(OperationLog):
         super().__init__(given, reading)
         self.beneath = beneath
 
-    @contextmanager
-    def noting(self, limit: int) -> Iterator[None]:
+    def noting(self, limit: int) -> AbstractContextManager[Any]:
         """A block whose calls are noted; an output of more cells than the limit is refused.
 
         Raises:
             OutputTooLarge: From the midst of the block.
         """
-        mode = _CallsBesideDynamo if "torch._dynamo" in sys.modules else _Calls
-        self._limit, self._mode = limit, mode(self)
-        with ExitStack() as stack:
-            if self.beneath is not None:
-                stack.enter_context(size_guard(limit, self.beneath))
-            stack.enter_context(self._mode)
-            yield
+        kind = _CallsBesideDynamo if "torch._dynamo" in sys.modules else _Calls
+        self._limit, self._mode = limit, kind(self)
+        return self._mode if self.beneath is None else self._noting_both(self._mode, self.beneath)
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def _noting_both(self, mode: _Calls, beneath: OperationLog) -> Iterator[None]:
+        with size_guard(self._limit, beneath), mode:
+            yield
+
+    def aside(self) -> AbstractContextManager[None]:
         """A block that does nothing of the model's."""
-        depth = torch._C._len_torch_function_stack()
-        mine = depth and torch._C._get_function_stack_at(depth - 1) is self._mode
-        if mine:
-            _pop_mode()
-        self.is_aside = True
-        try:
-            if self.beneath is None:
-                yield
-            else:
-                with Unwatched(self.beneath):
-                    yield
-        finally:
-            self.is_aside = False
-            if mine and self._mode is not None:
-                _push_mode(self._mode)
+        return _Aside(self)
 
     def call(self, function: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """Call a function of torch and note it."""
-        if self.is_aside or function in _OF_THE_FORM:
-            return function(*args, **kwargs)
         if not self.is_complete:
             return self._bounded(function(*args, **kwargs))
         noted: list[Any] = [function]
@@ -229,7 +212,8 @@ class CallLog(OperationLog):
         if at not in self._origin:
             self._origin[at] = len(self.entries)
             self._hold(memory)
-            self._bounded(out)
+            if out.numel() > self._limit:
+                self._bounded(out)
 
     def _hold(self, memory: torch.UntypedStorage) -> None:
         self._alive.append(memory)
@@ -305,11 +289,11 @@ class CallLog(OperationLog):
         if isinstance(value, Tensor):
             return self.origin(value)
         if isinstance(value, (list, tuple)):
-            return (kind is list, *(self._other(v) for v in value))
+            return (kind is list, *[self._other(v) for v in value])
         if isinstance(value, _NAMES):
             return value
         if kind is slice:
-            return (slice, *(self._other(v) for v in (value.start, value.stop, value.step)))
+            return (slice, *[self._other(v) for v in (value.start, value.stop, value.step)])
         if kind is np.ndarray and value.dtype != object:
             return (value.dtype, value.shape, zlib.crc32(value.tobytes()))
         if isinstance(value, np.generic):
@@ -346,6 +330,8 @@ class _Calls(TorchFunctionMode):
             if func.__self__ in _HANDING:
                 self.log.is_complete = False
             return func(*args)  # an attribute: the form of a tensor, or the tensor seen otherwise
+        if func in _OF_THE_FORM or self.log.is_aside:
+            return func(*args, **(kwargs or {}))
         return self.log.call(func, args, kwargs or {})
 
 
@@ -353,3 +339,27 @@ class _CallsBesideDynamo(_Calls):
     """The same where ``torch.compile`` is in use, which must not compile the noting itself."""
 
     __torch_function__ = torch._disable_dynamo(_Calls.__torch_function__)
+
+
+class _Aside:
+    """A block that does nothing of the model's whose calls a log notes."""
+
+    def __init__(self, log: CallLog) -> None:
+        self.log = log
+        self._beneath = None if log.beneath is None else Unwatched(log.beneath)
+        self._mode: _Calls | None = None
+
+    def __enter__(self) -> None:
+        log, depth = self.log, torch._C._len_torch_function_stack()
+        if depth and torch._C._get_function_stack_at(depth - 1) is log._mode:
+            self._mode = _pop_mode()
+        log.is_aside = True
+        if self._beneath is not None:
+            self._beneath.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._beneath is not None:
+            self._beneath.__exit__(*exception)
+        self.log.is_aside = False
+        if self._mode is not None:
+            _push_mode(self._mode)

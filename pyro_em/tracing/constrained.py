@@ -34,6 +34,8 @@ def constrained(
         (tensor([1., 1.]), tensor([0., 0.]))
     """
     u = parameter if unconstrained is None else unconstrained
+    if constraint is constraints.real:
+        return u.detach().clone()
     own = id(parameter)
     known = _latest.get(own)
     if known is not None and known[0]() is parameter and known[1] is constraint:

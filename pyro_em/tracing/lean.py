@@ -14,11 +14,11 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.markov_messenger import MarkovMessenger
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
+from pyro_em.tracing.parameters import ParameterCapture
 from pyro_em.tracing.sites import Role, is_latent, role_of
 
 Aside: TypeAlias = Callable[[], AbstractContextManager[None]]
@@ -56,14 +56,14 @@ class LeanTrace(TraceMessenger):
         capture: A handler of parameters alone, which none of the many sites has to pass.
     """
 
-    def __init__(self, capture: Messenger | None = None) -> None:
+    def __init__(self, capture: ParameterCapture | None = None) -> None:
         super().__init__()
         self.capture = capture
 
     def _process_message(self, msg: Any) -> None:
         if msg["type"] == "param":
             if self.capture is not None:
-                self.capture._process_message(msg)
+                self.capture.before(msg)
             return
         for handler in _PYRO_STACK:
             if type(handler) is MarkovMessenger:
@@ -74,7 +74,7 @@ class LeanTrace(TraceMessenger):
         if msg["type"] != "sample" or msg["infer"].get("_do_not_trace") or name in nodes:
             super()._postprocess_message(msg)
             if msg["type"] == "param" and self.capture is not None:
-                self.capture._postprocess_message(msg)
+                self.capture.after(msg)
         else:
             nodes[name] = msg.copy()
 
@@ -86,7 +86,7 @@ class WatchingTrace(LeanTrace):
         empty: Names of empty plates.
     """
 
-    def __init__(self, capture: Messenger | None = None) -> None:
+    def __init__(self, capture: ParameterCapture | None = None) -> None:
         super().__init__(capture)
         self.empty: list[str] = []
         self._masks: list[tuple[str, Tensor, int]] = []
@@ -132,7 +132,7 @@ class EnumTrace(LeanTrace, EnumMessenger):
         first_available_dim: int,
         latents: frozenset[str] | None = None,
         kept: Mapping[str, Tensor] | None = None,
-        capture: Messenger | None = None,
+        capture: ParameterCapture | None = None,
     ) -> None:
         super().__init__(capture)
         self.first_available_dim = first_available_dim

@@ -30,6 +30,8 @@ _OPTIONS = (torch.dtype, torch.device, torch.layout, torch.memory_format, type(N
 
 _NUMBERS = (bool, int, float, str)
 
+_NOTED = (Tensor, int, float, str, tuple, list, type(None))  # of what a distribution holds
+
 _NEAR = 256  # operations: whence a tensor comes is counted back from here, so that steps are alike
 
 
@@ -193,20 +195,15 @@ class OperationLog:
 
     def _distribution(self, fn: Any) -> Any:
         """A distribution, by its class and what it holds."""
-        return (
-            type(fn),
-            *(
-                (
-                    name,
-                    self._distribution(v)
-                    if isinstance(v, torch.distributions.Distribution)
-                    else self._other(v)
-                    if isinstance(v, (Tensor, int, float, str, tuple, list, type(None)))
-                    else type(v),
-                )
-                for name, v in vars(fn).items()
-            ),
-        )
+        noted: list[Any] = [type(fn)]
+        for name, v in vars(fn).items():
+            if isinstance(v, _NOTED):
+                noted.append((name, self._other(v)))
+            elif isinstance(v, torch.distributions.Distribution):
+                noted.append((name, self._distribution(v)))
+            else:
+                noted.append((name, type(v)))
+        return tuple(noted)
 
     def finished(self) -> tuple[tuple[Any, ...], ...]:
         """The notes, as a value."""
@@ -221,7 +218,7 @@ class OperationLog:
         if isinstance(value, Tensor):
             return self.origin(value)
         if isinstance(value, (list, tuple)):
-            return tuple(self._other(v) for v in value)
+            return tuple([self._other(v) for v in value])
         if isinstance(value, torch.Generator):
             return torch.Generator
         if isinstance(value, torch.distributions.Distribution):

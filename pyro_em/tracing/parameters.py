@@ -116,18 +116,21 @@ class ParameterCapture(Messenger):
 
     def _process_message(self, msg: Any) -> None:
         if msg["type"] == "param":  # not looked up for each of many sites
-            self._pyro_param(msg)
+            self.before(msg)
 
     def _postprocess_message(self, msg: Any) -> None:
         if msg["type"] == "param":
-            self._pyro_post_param(msg)
+            self.after(msg)
 
-    def _pyro_param(self, msg: dict[str, Any]) -> None:
+    def before(self, msg: Any) -> None:
+        """Give the message of a parameter its value, where it is one of the param store."""
+        store = pyro.get_param_store()
         with self.quietly():
-            self._note_start(msg)
-            _start_apart(msg)
+            if msg["name"] not in store:
+                self._note_start(msg)
+                _start_apart(msg)
             if self.hand_out and not msg["done"] and msg["value"] is None:
-                if self.begins and msg["name"] not in pyro.get_param_store():
+                if self.begins and msg["name"] not in store:
                     self._begin(msg)
                 self._read(msg)
 
@@ -177,7 +180,7 @@ class ParameterCapture(Messenger):
     def _note_start(self, msg: dict[str, Any]) -> None:
         """Note the initial value of a parameter that this run initialises."""
         name, args = msg["name"], msg["args"]
-        if not self.look_at_initial_shape or len(args) < 2 or name in pyro.get_param_store():
+        if not self.look_at_initial_shape or len(args) < 2:
             return
         given = args[1]
         self._constraints[name] = msg["kwargs"].get("constraint") or constraints.real
@@ -204,7 +207,8 @@ class ParameterCapture(Messenger):
                 return TracedParameter(name, nowhere, own, given, initial=given)
         return None
 
-    def _pyro_post_param(self, msg: dict[str, Any]) -> None:
+    def after(self, msg: Any) -> None:
+        """Note the parameter of a message that the model is about to get."""
         name, value = msg["name"], msg["value"]
         given = msg["kwargs"].get("constraint")
         store = pyro.get_param_store()
@@ -265,9 +269,9 @@ class ParameterCapture(Messenger):
 
 
 def _start_apart(msg: dict[str, Any]) -> None:
-    """Let a parameter that this message declares begin in memory of its own."""
+    """Let a parameter that this message declares for the first time begin in memory of its own."""
     name, *rest = msg["args"]
-    if rest and msg["name"] not in pyro.get_param_store():
+    if rest:
         msg["args"] = (name, own_start(rest[0]), *rest[1:])
 
 
@@ -295,7 +299,9 @@ class _ParameterRecord(Messenger):
         self.found: dict[str, torch.Tensor] = {}
 
     def _process_message(self, msg: Any) -> None:
-        if msg["type"] == "param" and msg["name"] not in self.found:
+        name = msg["name"]
+        is_first = msg["type"] == "param" and name not in self.found
+        if is_first and name not in pyro.get_param_store():
             _start_apart(msg)
 
     def _postprocess_message(self, msg: Any) -> None:
