@@ -204,9 +204,9 @@ def are_inside(fn: Any) -> bool:
         False
     """
     base = unwrap(fn)[0]
-    parts = vars(base).values()  # of mixtures, of what is transformed or compounded
-    if not all(are_inside(p) for p in parts if isinstance(p, torch.distributions.Distribution)):
-        return False
+    for part in vars(base).values():  # of mixtures, of what is transformed or compounded
+        if isinstance(part, torch.distributions.Distribution) and not are_inside(part):
+            return False
     try:
         declared = base.arg_constraints
     except NotImplementedError:

@@ -24,7 +24,13 @@ from pyro_em.graph.bindings.autograd import bind, known_below, parameters_below
 from pyro_em.graph.bindings.binding import Binding
 from pyro_em.graph.bindings.signatures import Recurring, outline
 from pyro_em.graph.bindings.useful import useful_for
-from pyro_em.graph.compact import compact, compact_all, once_along_rows, recipe_for
+from pyro_em.graph.compact import (
+    compact,
+    compact_all,
+    compacted,
+    once_along_rows,
+    recipe_for,
+)
 from pyro_em.graph.factors import Latent
 from pyro_em.graph.forms import FEW, equal_to_first
 from pyro_em.graph.stacking import Batch, Factor, repeated
@@ -212,9 +218,10 @@ class FactorLayout:
         site, info = self.sites[name], self.structure.sites[name]
         fn, value = site["fn"], site["value"]
         scope, dims, sizes = self.place(name)
-        base, reinterpreted, _ = unwrap(fn)
-        family = family_of(fn)
-        mask, elements = self._masks(site, dims)
+        base, reinterpreted, wrapping = unwrap(fn)
+        family = family_of(base)
+        is_masked = site["mask"] is not None or bool(wrapping)
+        mask, elements = self._masks(site, dims) if is_masked else (None, None)
         if mask is not None and not info.observed and mask.shape[len(info.plates) :].numel() != 1:
             self.problems.append(
                 Finding(
@@ -227,7 +234,7 @@ class FactorLayout:
         scale = site["scale"]
         if isinstance(scale, Tensor):
             scale = compact(scale, 0, dims) if scale.dim() else float(scale)
-        if site["is_observed"] and type(base).__name__ != "Unit":
+        if is_masked and site["is_observed"] and type(base).__name__ != "Unit":
             value = without_masked_nonsense(fn, value, element_mask(fn, site["mask"]))
         if name.removesuffix("_observed") in self.structure.masked_pairs:
             value = value.clone()  # a posterior shows it when it is asked
@@ -261,10 +268,8 @@ class FactorLayout:
                 event = reinterpreted + family.argument_event_dim(arg)
                 if tensor.numel() > _LARGE:
                     tensor = once_along_rows(tensor, family.argument_event_dim(arg))
-                layout = partial(
-                    compact, event_dim=event, dims=dims, collapse=reinterpreted, like=tensor
-                )
-                kept = layout(tensor)
+                recipe = recipe_for(tensor, event, dims, reinterpreted)
+                kept = compacted(tensor, recipe)
                 if kept.dtype != compact_value.dtype and compact_value.is_floating_point():
                     kept = kept.to(compact_value.dtype)
                 if arg == "loc" and name in self.structure.lines:
@@ -277,7 +282,7 @@ class FactorLayout:
                     continue
                 bindings[arg] = self.bindings.bind(
                     tensor,
-                    layout,
+                    partial(compacted, recipe=recipe),
                     (event, tuple(dims), reinterpreted),
                     useful_for(family, arg, may_meet=may_meet),
                     plates=len(info.plates),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,10 +39,17 @@ class Factor:
     edges: tuple[str, ...] = ()
 
     @property
+    def kind(self) -> tuple[Any, ...]:
+        """What two factors must share at least to be stacked."""
+        if self.family is None:
+            return ("single", self.info.name)
+        return self.family.distribution, self.info.role, self.sizes
+
+    @property
     def signature(self) -> tuple[Any, ...]:
         """What two factors must share to be stacked."""
         if self.family is None:
-            return ("single", self.info.name)
+            return self.kind
         return (
             self.family.distribution,
             self.info.role,
@@ -99,9 +107,12 @@ def stacked(pieces: Sequence[Factor | Batch], order: Mapping[str, int]) -> list[
         order: The place of each site in the model.
     """
     pieces = sorted(pieces, key=lambda p: order[_first(p).info.name])
+    firsts = [_first(p) for p in pieces]
+    kinds = Counter([f.kind for f in firsts])
     by_signature: dict[tuple[Any, ...], list[Factor | Batch]] = {}
-    for p in pieces:
-        by_signature.setdefault(_first(p).signature, []).append(p)
+    for p, f in zip(pieces, firsts, strict=True):
+        alone = kinds[f.kind] == 1
+        by_signature.setdefault(f.kind if alone else f.signature, []).append(p)
     groups = []
     for members in by_signature.values():
         factors = [m for m in members if isinstance(m, Factor)]
@@ -118,7 +129,7 @@ def _first(piece: Factor | Batch) -> Factor:
 
 def _of_batches(pieces: Sequence[Factor | Batch], order: Mapping[str, int]) -> Group:
     """A group of batches and of factors that were laid out by themselves."""
-    groups = [_of_batch(p) if isinstance(p, Batch) else _group([p]) for p in pieces]
+    groups = [_of_batch(p) if isinstance(p, Batch) else _of_one(p) for p in pieces]
     first = groups[0]
     if len(groups) == 1:
         return first
@@ -173,7 +184,7 @@ def _repeated(one: Tensor, n: int) -> Tensor:
 
 
 def _of_batch(batch: Batch) -> Group:
-    one, n = _group([batch.first]), len(batch.members)
+    one, n = _of_one(batch.first), len(batch.members)
     return replace(
         one,
         members=batch.members,
@@ -187,6 +198,8 @@ def _of_batch(batch: Batch) -> Group:
 
 def _group(members: Sequence[Factor]) -> Group:
     first = members[0]
+    if len(members) == 1:
+        return _of_one(first)
     n = len(first.info.plates)
     masks = [f.mask for f in members if f.mask is not None]
     elements = [f.elements for f in members if f.elements is not None]
@@ -198,7 +211,10 @@ def _group(members: Sequence[Factor]) -> Group:
         first.family,
         first.event_dims,
         {a: _stack_tensors([f.arguments[a] for f in members]) for a in first.arguments},
-        {a: _stack_bindings([f.bindings[a] for f in members]) for a in first.bindings},
+        {
+            a: joined_bindings([f.bindings[a] for f in members], _stack_tensors)
+            for a in first.bindings
+        },
         _stack_tensors([f.value for f in members]),
         _stack_tensors(masks) if masks else None,
         tuple(f.scale for f in members),
@@ -209,23 +225,43 @@ def _group(members: Sequence[Factor]) -> Group:
         first.info.role,
         None
         if first.value_binding is None
-        else _stack_bindings([f.value_binding for f in members if f.value_binding is not None]),
+        else joined_bindings(
+            [f.value_binding for f in members if f.value_binding is not None], _stack_tensors
+        ),
         _stack_tensors(elements) if elements else None,
         first.hyperparameters,
         first.edges,
     )
 
 
+def _of_one(f: Factor) -> Group:
+    """The group of one factor."""
+    return Group(
+        (f.info.name,),
+        (f.dims,),
+        len(f.info.plates),
+        f.sizes,
+        f.family,
+        f.event_dims,
+        {name: a.unsqueeze(0) for name, a in f.arguments.items()},
+        {name: b.alone for name, b in f.bindings.items()},
+        f.value.unsqueeze(0),
+        None if f.mask is None else f.mask.unsqueeze(0),
+        (f.scale,),
+        None if f.raw is None else f.raw.unsqueeze(0),
+        f.raw_params,
+        f.info.observed,
+        f.info.distribution,
+        f.info.role,
+        None if f.value_binding is None else f.value_binding.alone,
+        None if f.elements is None else f.elements.unsqueeze(0),
+        f.hyperparameters,
+        f.edges,
+    )
+
+
 def _stack_tensors(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
-
-
-def _stack_bindings(bindings: Sequence[Binding]) -> Binding:
-    if len(bindings) == 1 and bindings[0].how == "selection":
-        (one,) = bindings
-        alone = tuple(s.alone for s in one.selections)
-        return replace(one, constant=one.constant.unsqueeze(0), selections=alone)
-    return joined_bindings(bindings, _stack_tensors)
 
 
 def repeated(binding: Binding, n: int) -> Binding:

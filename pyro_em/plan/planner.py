@@ -112,7 +112,8 @@ class Planner(StaysHere):
     ) -> Program | Variational | Unrouted:
         """As ``look``; where a latent has no route it is a finding, not an exception."""
         first = not self.known.has_run
-        self.known = replace(self.known, has_run=True)
+        if first:
+            self.known = replace(self.known, has_run=True)
         if self.request.guide is None:
             program = self._program(self.request.model, args, kwargs, first, look_only, ())
             if isinstance(program, Unrouted):

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -77,7 +76,14 @@ def later_kernel(
     graph: FactorGraph, updates: Mapping[str, ParameterUpdate]
 ) -> Callable[[], Kernel]:
     """What iterates a graph on sums, looked for once, when somebody asks."""
-    return cache(lambda: kernel_of(graph, updates, values_of(graph.parameters)))
+    found: list[Kernel] = []
+
+    def kernel() -> Kernel:
+        if not found:
+            found.append(kernel_of(graph, updates, values_of(graph.parameters)))
+        return found[0]
+
+    return kernel
 
 
 @dataclass(frozen=True, eq=False)

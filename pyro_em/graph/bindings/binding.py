@@ -243,6 +243,24 @@ class Binding:
             None if self.pairs is None else {n: j.mapped(change) for n, j in self.pairs.items()},
         )
 
+    @property
+    def alone(self) -> Binding:
+        """The same as the only one of a stack. # (1, *argument)"""
+        if self.jacobians is not None or self.pairs is not None or self.known:
+            return self.mapped(lambda t: t.unsqueeze(0))
+        return Binding(
+            self.how,
+            self.params,
+            self.constant.unsqueeze(0),
+            tuple([s.alone for s in self.selections]),
+            None,
+            self.reason,
+            self.normalise,
+            self.link,
+            self.logs,
+            self.expression,
+        )
+
     def thin(self) -> Binding:
         """The same, held once where all of it is expanded along the first dimension."""
         return self._thin if self._is_expanded else self

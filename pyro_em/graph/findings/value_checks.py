@@ -135,6 +135,8 @@ def _nonfinite(value: Tensor, bad: Tensor) -> tuple[int, str, tuple[int, ...]]:
 
 def weight_problems(name: str, site: Mapping[str, Any]) -> list[Finding]:
     """A scale or a mask along a dimension that is no plate's, or of another size."""
+    if not isinstance(site["scale"], Tensor) and not isinstance(site["mask"], Tensor):
+        return []
     frames = {f.dim: f for f in site["cond_indep_stack"] if f.dim is not None}
     problems = []
     for what, weight in (("poutine.scale", site["scale"]), ("poutine.mask", site["mask"])):
