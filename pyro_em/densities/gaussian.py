@@ -154,7 +154,7 @@ class Gaussian:
         if self.diagonal:
             sigma = self._each(root)
             precision = sigma**-2
-            log_det = sigma.log().sum(-1)
+            log_det = sigma.log().sum(-1, keepdim=True)
             size = D**0.5 * float((precision * self.reach2).max())
             if not size <= self.limit:
                 scaled = Scaled(sigma.to(dtype), mu.to(dtype))
@@ -162,7 +162,7 @@ class Gaussian:
             along = precision * mu
             squares = -0.5 * precision
         else:
-            log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)
             size = math.inf
             if D <= _MANY:
                 precision = torch.cholesky_inverse(root)
@@ -173,11 +173,11 @@ class Gaussian:
                 whiten = self._each(torch.linalg.solve_triangular(root, eye, upper=False))
                 near = dtype == torch.float64 and is_near(self.reach2, root.square().sum(-1))
                 return self._whitened(Whitened(whiten.to(dtype), mu.to(dtype), near), log_det)
-            along = (precision @ mu.unsqueeze(-1)).squeeze(-1)
+            along = torch.bmm(self._each(precision), mu.unsqueeze(-1)).squeeze(-1)
             pairs = precision.reshape(-1, D * D).index_select(1, self.flat)
             squares = self._each(pairs * self.halved)
-        constant = torch.add(log_det, (along * mu).sum(-1), alpha=0.5)
-        constant = constant.add_(half_log_2pi).neg_().unsqueeze(-1)
+        constant = torch.add(log_det, (along * mu).sum(-1, keepdim=True), alpha=0.5)
+        constant = torch.rsub(constant, -half_log_2pi)
         linear = torch.cat([along, squares], -1)
         wide = (linear, constant)
         if dtype == torch.float64:
@@ -195,7 +195,7 @@ class Gaussian:
 
     def _whitened(self, white: Whitened | Scaled, log_det: Tensor) -> Prepared:
         half_log_2pi = 0.5 * self.x.shape[0] * math.log(2 * math.pi)
-        constant = self._each(-(log_det + half_log_2pi)).unsqueeze(-1)
+        constant = self._each(-(log_det + half_log_2pi))
         return Prepared(None, constant.to(self.x.dtype), white)
 
     def log_density(self, p: Prepared, features: Tensor, onto: Tensor | None = None) -> Tensor:

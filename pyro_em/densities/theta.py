@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
@@ -212,7 +212,7 @@ class Theta:
                 gains.append(after.log_prior - at.log_prior)
         else:
             prepared = {**at.prepared, **{g: c.prepared for g, c in components.items()}}
-            after = replace(at, natural=natural, components=components, prepared=prepared)
+            after = At(natural, components, at.values, at.arguments, prepared, at.log_prior)
         total = float(gains[0] if len(gains) == 1 else torch.stack(gains).sum())
         if not math.isfinite(total):
             raise Handover

@@ -420,13 +420,22 @@ def main_rule(family: Family, given: Mapping[str, Tensor]) -> tuple[str, Rule] |
     """
     if not family.additive:
         return None
-    rules = {name: rule for name, rule in family.rules.items() if name in given}
-    forms = [(name, rule) for name, rule in rules.items() if rule.kind.is_whole]
-    others = [rule for rule in rules.values() if not rule.kind.is_whole]
-    spread = forms and forms[0][1].kind.is_spread
-    if len(forms) != 1 or any(not r.kind.is_location for r in others) or (others and not spread):
+    main: tuple[str, Rule] | None = None
+    has_location = False
+    for name, rule in family.rules.items():
+        if name not in given:
+            continue
+        if rule.kind.is_whole:
+            if main is not None:
+                return None
+            main = name, rule
+        elif rule.kind.is_location:
+            has_location = True
+        else:
+            return None
+    if main is None or (has_location and not main[1].kind.is_spread):
         return None
-    return forms[0]
+    return main
 
 
 def has_sums(family: Family, given: Mapping[str, Tensor]) -> bool:

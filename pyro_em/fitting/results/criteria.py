@@ -45,8 +45,7 @@ def num_rows(program: Program) -> float:
     if outermost not in structure.plates:
         return _observed_turns(program, outermost)
     plate = structure.plates[outermost]
-    device = program.graph.groups[0].value.device
-    observed = torch.zeros(plate.size, dtype=torch.bool, device=device)
+    observed: Tensor | bool = False  # or which elements are
     weight: Tensor | None = None
     for _, group in _sites(program):
         if group.role is not Role.DATA:
@@ -55,26 +54,28 @@ def num_rows(program: Program) -> float:
         if plates is not None and outermost not in plates:
             continue
         if plates is not None and not isinstance(group.scales[0], Tensor):  # all members at once
-            axis = plates.index(outermost)
-            mask = torch.ones_like(observed) if group.mask is None else group.mask
-            seen = mask.movedim(1 + axis, 0) if group.mask is not None else mask
-            observed = observed | seen.reshape(seen.shape[0], -1).any(-1)
+            observed = _or_seen(observed, group.mask, 1 + plates.index(outermost))
             continue
         for i, dims in enumerate(group.dims):
             if outermost not in dims:
                 continue
             axis = dims.index(outermost)
-            if group.mask is None:
-                observed = torch.ones_like(observed)
-            else:
-                mask = group.mask[i].movedim(axis, 0)
-                observed = observed | mask.reshape(mask.shape[0], -1).any(-1)
+            observed = _or_seen(observed, None if group.mask is None else group.mask[i], axis)
             scale = group.scale[i]
             if weight is None and isinstance(scale, Tensor) and scale.shape[axis] == plate.size:
                 weight = scale.movedim(axis, 0).reshape(plate.size, -1).amax(-1)
     if weight is not None:
         return float((weight * observed).sum())
-    return float(observed.sum()) * plate.full_size / plate.size
+    seen = float(observed.expand(plate.size).sum()) if isinstance(observed, Tensor) else plate.size
+    return (seen if observed is not False else 0.0) * plate.full_size / plate.size
+
+
+def _or_seen(observed: Tensor | bool, mask: Tensor | None, axis: int) -> Tensor | bool:
+    """Which elements are observed so far, or where a mask shows any; True for all."""
+    if mask is None or observed is True:
+        return True
+    shown = mask.movedim(axis, 0)
+    return shown.reshape(shown.shape[0], -1).any(-1) | observed
 
 
 def _sites(program: Program) -> Iterator[tuple[int, Group]]:

@@ -267,7 +267,10 @@ class Mixture(QuickBlock):
         shape = shape_of_rows(graph)
         assert isinstance(shape, RowShape)
         counts = row_weights(graph, shape)
-        assert isinstance(counts, Tensor)
+        assert not isinstance(counts, Finding)
+        if counts is None:
+            device = graph.groups[0].value.device
+            counts = torch.ones(graph.dim_size(shape.plate), dtype=torch.float64, device=device)
         return PerRow(graph, shape, counts)
 
     @property

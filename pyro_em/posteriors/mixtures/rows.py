@@ -155,15 +155,14 @@ def why_not_constant(group: Group) -> Finding:
     )
 
 
-def row_weights(graph: FactorGraph, shape: RowShape) -> Tensor | Finding:
-    """What one row counts, by the scale that all its sites share; one where they have none. # (N,)
+def row_weights(graph: FactorGraph, shape: RowShape) -> Tensor | Finding | None:
+    """What one row counts, by the scale that all its sites share; None where they have none. # (N,)
 
     Returns:
         A finding where sites of one row differ, or what is outside the rows is scaled.
     """
     groups, N = graph.groups, graph.dim_size(shape.plate)
     device = groups[0].value.device
-    one = torch.ones(N, dtype=torch.float64, device=device)
 
     def per_row(scale: Tensor | float) -> Tensor:
         return torch.as_tensor(scale, dtype=torch.float64, device=device).reshape(-1).expand(N)
@@ -173,7 +172,7 @@ def row_weights(graph: FactorGraph, shape: RowShape) -> Tensor | Finding:
         return unlike
     own = (*shape.rowwise, *shape.tables)
     if all(groups[g].is_unscaled for g in own):
-        return one
+        return None
     scales = [s for g in own for s in groups[g].scale]
     if any(isinstance(s, Tensor) and s.numel() != s.shape[0] for s in scales):
         return unlike  # a scale that reads the latent tempers
@@ -184,20 +183,20 @@ def row_weights(graph: FactorGraph, shape: RowShape) -> Tensor | Finding:
 
 
 def distinct(
-    graph: FactorGraph, shape: RowShape, weight: Tensor
+    graph: FactorGraph, shape: RowShape, weight: Tensor | None
 ) -> tuple[FactorGraph, Tensor | None]:
     """The graph with each distinct row once, and what it counts, where that saves work.
 
     Args:
         graph: A collapsed graph.
         shape: Its shape.
-        weight: What one row counts. # (N,)
+        weight: What one row counts; None for one. # (N,)
 
     Returns:
         The graph, and what each of its rows counts; None where that is one.
     """
     N = graph.dim_size(shape.plate)
-    own = None if bool((weight == 1).all()) else weight
+    own = None if weight is None or bool((weight == 1).all()) else weight
     columns = []
     for g in shape.rowwise:
         group = graph.groups[g]
@@ -226,5 +225,7 @@ def distinct(
     kept = list(graph.groups)
     for g in shape.rowwise:
         kept[g] = restricted(kept[g], first)
-    total = torch.zeros_like(counts, dtype=torch.float64).index_add_(0, inverse, weight)
+    total = counts.to(torch.float64)
+    if own is not None:
+        total = torch.zeros_like(total).index_add_(0, inverse, own)
     return replace(graph, groups=tuple(kept)), total
