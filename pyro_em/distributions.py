@@ -244,6 +244,9 @@ def satisfies(constraint: constraints.Constraint, value: Tensor) -> bool:
 
 
 def _are_rows_of_simplex(value: Tensor) -> bool:
+    if value.numel() <= _FEW:
+        rows = value.reshape(-1, value.shape[-1]).tolist()
+        return all(abs(sum(row) - 1) < 1e-6 and min(row) >= 0 for row in rows)
     off = float((value.sum(-1) - 1).abs_().amax())
     return off < 1e-6 and float(value.amin()) >= 0
 
@@ -251,7 +254,11 @@ def _are_rows_of_simplex(value: Tensor) -> bool:
 def _are_positive_definite(value: Tensor) -> bool:
     if value.shape[-1] != value.shape[-2] or not torch.equal(value, value.mT):
         return False
-    return not bool(torch.linalg.cholesky_ex(value).info.any())
+    info = torch.linalg.cholesky_ex(value).info
+    return not (any(info.reshape(-1).tolist()) if info.numel() <= _FEW else bool(info.any()))
+
+
+_FEW = 64  # numbers that are looked at one by one
 
 
 # What shows in a few operations that nothing is amiss; otherwise torch's own check judges.

@@ -269,7 +269,7 @@ class FactorLayout:
                 if tensor.numel() > _LARGE:
                     tensor = once_along_rows(tensor, family.argument_event_dim(arg))
                 recipe = recipe_for(tensor, event, dims, reinterpreted)
-                kept = compacted(tensor, recipe)
+                kept = laid = compacted(tensor, recipe)
                 if kept.dtype != compact_value.dtype and compact_value.is_floating_point():
                     kept = kept.to(compact_value.dtype)
                 if arg == "loc" and name in self.structure.lines:
@@ -286,6 +286,7 @@ class FactorLayout:
                     (event, tuple(dims), reinterpreted),
                     useful_for(family, arg, may_meet=may_meet),
                     plates=len(info.plates),
+                    laid=laid,
                 )
         return Factor(
             info if scope == info.scope else replace(info, scope=scope),

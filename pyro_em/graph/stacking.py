@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -108,11 +107,12 @@ def stacked(pieces: Sequence[Factor | Batch], order: Mapping[str, int]) -> list[
     """
     pieces = sorted(pieces, key=lambda p: order[_first(p).info.name])
     firsts = [_first(p) for p in pieces]
-    kinds = Counter([f.kind for f in firsts])
+    kinds = [f.kind for f in firsts]
+    if len(set(kinds)) == len(kinds):  # none is stacked with another
+        return [_of_batch(p) if isinstance(p, Batch) else _of_one(p) for p in pieces]
     by_signature: dict[tuple[Any, ...], list[Factor | Batch]] = {}
     for p, f in zip(pieces, firsts, strict=True):
-        alone = kinds[f.kind] == 1
-        by_signature.setdefault(f.kind if alone else f.signature, []).append(p)
+        by_signature.setdefault(f.signature, []).append(p)
     groups = []
     for members in by_signature.values():
         factors = [m for m in members if isinstance(m, Factor)]
@@ -197,9 +197,9 @@ def _of_batch(batch: Batch) -> Group:
 
 
 def _group(members: Sequence[Factor]) -> Group:
-    first = members[0]
     if len(members) == 1:
-        return _of_one(first)
+        return _of_one(members[0])
+    first = members[0]
     n = len(first.info.plates)
     masks = [f.mask for f in members if f.mask is not None]
     elements = [f.elements for f in members if f.elements is not None]

@@ -74,7 +74,7 @@ def _with_parameters(
         p.leaf.shape == known[n].leaf.shape
         and p.leaf.dtype == known[n].leaf.dtype
         and p.leaf.device == known[n].leaf.device
-        and repr(p.constraint) == repr(known[n].constraint)
+        and (p.constraint is known[n].constraint or repr(p.constraint) == repr(known[n].constraint))
         for n, p in parameters.items()
     )
     return replace(structure, parameters=parameters) if same else None

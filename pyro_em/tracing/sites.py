@@ -167,7 +167,9 @@ def mask_tensor(site: Mapping[str, Any]) -> Tensor | bool | None:
 def frames_of(site: Mapping[str, Any]) -> dict[str, Any]:
     """The vectorised plate frames of a traced site, left to right."""
     frames = [f for f in site["cond_indep_stack"] if f.dim is not None]
-    return {f.name: f for f in sorted(frames, key=lambda f: f.dim)}
+    if len(frames) > 1:
+        frames.sort(key=lambda f: f.dim)
+    return {f.name: f for f in frames}
 
 
 def frames_in(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

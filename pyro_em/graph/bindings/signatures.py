@@ -112,6 +112,7 @@ class Recurring:
         useful: Useful = SELECTIONS,
         *,
         plates: int = 0,
+        laid: Tensor | None = None,
     ) -> Binding:
         """As `pyro_em.graph.bindings.autograd.bind`.
 
@@ -121,6 +122,7 @@ class Recurring:
             form: What determines ``layout``, next to the argument's own shape and strides.
             useful: As there.
             plates: As there.
+            laid: The argument in the compact layout, where it is known.
         """
         graph = signature(argument, self.names)
         kind = (argument.dtype, argument.device, argument.shape, argument.stride())
@@ -131,7 +133,8 @@ class Recurring:
                 return binding
         is_small = argument.numel() <= _SMALL
         if graph is not None and self.kept is not None:
-            before = self.kept.find(key, layout(argument.detach()), self.leaves)
+            constant = layout(argument.detach()) if laid is None else laid.detach()
+            before = self.kept.find(key, constant, self.leaves)
             if before is not None:
                 if is_small:
                     self.known[key] = argument.detach(), before

@@ -63,7 +63,7 @@ def start_note(p: TracedParameter) -> Finding | None:
     given = p.initial
     if given is None or not given.numel() or p.unconstrained.is_meta or given.is_complex():
         return None
-    where, start = f"parameter '{p.name}'", p.value()
+    where, start = f"parameter '{p.name}'", p.leaf.detach()
     given = given.to(start.dtype)
     if torch.equal(start, given):
         return None

@@ -53,7 +53,7 @@ def parameter_problems(run: Run) -> list[Finding]:
                     ),
                 )
             )
-        value = p.value()
+        value = p.leaf.detach()
         shape = value.shape
         if p.initial_shape is not None and p.initial_shape != shape:
             problems.append(
