@@ -188,25 +188,20 @@ def _traced(
 
     From ``few`` sites of one form on these are laid out together.
     """
-    # What is noted of a run depends on it: all runs of which something is noted are alike in this.
-    is_shared = not attached and (with_bindings or log is not None)
-    run = run_enumerated(
+    run = noted_run(
         model,
         args,
         kwargs,
         structure,
+        log,
+        is_bound=with_bindings,
         limit=limit,
         values=values,
         random_seed=random_seed,
         keep_random_state=keep_random_state,
         attached=attached,
-        reading=log,
         begin=begin,
-        met=SharedDistributions() if is_shared else None,
     )
-    refuse_clearing(run, "model")
-    if log is not None:
-        note_sites(log, run)
     sites = {n: s for n, s in run.sites.items() if n in structure.sites}
     if list(sites) != list(structure.sites):
         raise_findings([changing_sites([], structure.random_plates)])
@@ -285,6 +280,41 @@ def _stray(name: str, structure: Structure, shape: tuple[int, ...], size: int) -
         ),
         latents=tuple(n for n in structure.sites[name].scope if n in structure.latents),
     )
+
+
+def noted_run(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    structure: Structure,
+    log: OperationLog | None,
+    *,
+    is_bound: bool = False,
+    attached: bool = False,
+    **how: Any,
+) -> Run:
+    """An enumerated run, with all that it does noted, its sites too.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        structure: What `examine` found.
+        log: Where the run is noted, if anywhere.
+        is_bound: Whether it is read how parameters reach arguments.
+        attached: Whether parameters stay attached to their unconstrained leaves.
+        **how: Further keywords of the run.
+    """
+    # What is noted of a run depends on it: all runs of which something is noted are alike in this.
+    is_shared = not attached and (is_bound or log is not None)
+    met = SharedDistributions() if is_shared else None
+    run = run_enumerated(
+        model, args, kwargs, structure, reading=log, attached=attached, met=met, **how
+    )
+    refuse_clearing(run, "model")
+    if log is not None:
+        note_sites(log, run)
+    return run
 
 
 def note_sites(log: OperationLog, run: Run) -> None:

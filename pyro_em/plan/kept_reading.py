@@ -15,6 +15,7 @@ from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.findings.possible import finds_all
 from pyro_em.graph.gaussian_lines.kept_lines import may_be_kept
 from pyro_em.graph.gaussian_lines.lines import Line
+from pyro_em.graph.laid_out import LaidOut
 from pyro_em.graph.stacking import form_of_binding
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.program import Program
@@ -51,6 +52,7 @@ class Kept:
         calls: What a later run that did the same operations asked of torch; None where no run has
             been noted so.
         has_calls: Whether runs of this form may be known by their calls.
+        laid: How such a run is laid out as a graph for an E-step only, where that is plain.
     """
 
     structure: Structure
@@ -68,6 +70,7 @@ class Kept:
     selections: KeptSelections = field(default_factory=KeptSelections)
     calls: tuple[Any, ...] | None = None
     has_calls: bool = True
+    laid: LaidOut | None = None
 
     @classmethod
     def of(cls, task: Task, program: Program, before: Kept | None) -> Kept:

@@ -11,6 +11,8 @@ from pyro_em.graph.findings.possible import are_possible
 from pyro_em.graph.gaussian_lines.kept_lines import lines_again
 from pyro_em.graph.gaussian_lines.lines import Line
 from pyro_em.graph.gaussian_lines.read_lines import differing_lines
+from pyro_em.graph.laid_out import LaidOut
+from pyro_em.graph.many_rows.slices import Slices
 from pyro_em.graph.prediction import disagreements
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.building import rebuildable
@@ -20,10 +22,11 @@ from pyro_em.plan.decisions import decided
 from pyro_em.plan.first_values import begun
 from pyro_em.plan.kept_reading import Kept, NotShown, bindings_of, members_of
 from pyro_em.plan.program import Program
-from pyro_em.plan.task import Task, traced
+from pyro_em.plan.task import Task, run_of, traced
 from pyro_em.plan.verification import verified
 from pyro_em.posteriors.continuous.gaussian_components import Alike
 from pyro_em.posteriors.continuous.gaussian_steps import at_zero
+from pyro_em.tracing.calls import CallLog
 from pyro_em.tracing.given import GivenGaussians, without_values
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import TracedParameter, values_of
@@ -101,8 +104,18 @@ def on_other_data(
     structure, given = kept.structure, kept.task(task)
     if structure.as_run.masked_pairs or structure.random_plates:
         return None
-    graph = traced(given, structure, log, kept=kept.selections, begin=begin)
-    known = kept.shown_by(log)
+    by_calls = given.look_only and begin is None and isinstance(log, CallLog)
+    if by_calls and kept.laid is not None:
+        seen = run_of(given, structure, log)
+        known = kept.shown_by(log)  # before anything is made of it
+        graph = kept.laid.graph(structure, seen)
+    else:
+        is_whole = by_calls and Slices.of(given.args, given.kwargs, structure) is None
+        runs: list[Run] | None = [] if is_whole else None
+        graph = traced(given, structure, log, kept=kept.selections, begin=begin, runs=runs)
+        known = kept.shown_by(log)
+        if runs and known is not None and known.calls is not None:
+            known = replace(known, laid=LaidOut.found(graph, runs[0]))
     if known is None:
         return None
     if begin is not None:

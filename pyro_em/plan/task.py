@@ -12,12 +12,13 @@ import pyro
 from pyro_em.graph.bindings.signatures import KeptSelections
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.structure import Structure
-from pyro_em.graph.trace import trace_graph
+from pyro_em.graph.trace import noted_run, trace_graph
 from pyro_em.plan.routes import Route
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.strategies import EStepStrategy
 from pyro_em.tracing.calls import CallLog
 from pyro_em.tracing.dependences import Reading
+from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.names import tensors_in
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.runs import Begin, Model, Run
@@ -86,6 +87,18 @@ class Task(StaysHere):
         if noting is Noting.CALLS:
             return CallLog(given, reading)
         return CallLog(given, reading, OperationLog(given))
+
+
+@fewer_collections()
+def run_of(task: Task, structure: Structure, log: OperationLog) -> Run:
+    """An enumerated run, whose operations are noted and held to the budget.
+
+    Args:
+        task: The model with its data.
+        structure: Its skeleton.
+        log: Where the run is noted.
+    """
+    return noted_run(task.model, task.args, task.kwargs, structure, log, limit=task.limit)
 
 
 def traced(

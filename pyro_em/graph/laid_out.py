@@ -1,0 +1,251 @@
+"""How a run was laid out as a graph, for later runs that are shown to do the same.
+
+The layout of a site follows from all of it but its numbers: shapes, strides and dtypes of its tensors,
+its plates, its mask and scale. Where the notes of two runs are equal, so are all of these, and the
+tensors of the later one take the views that those of the earlier one took.
+
+Kept is the layout of models without ``pyro.markov``, whose sites are each a group of a known family,
+for who wants an E-step only: how parameters reach arguments depends on numbers, and is read anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.distributions import unwrap
+from pyro_em.families.family import Family
+from pyro_em.graph.bindings.binding import Binding
+from pyro_em.graph.bindings.signatures import Recurring
+from pyro_em.graph.compact import Recipe, compacted, recipe_for
+from pyro_em.graph.factors import FactorGraph, Group, Latent
+from pyro_em.graph.layout import FactorLayout
+from pyro_em.graph.structure import Structure
+from pyro_em.tracing.missing import missing_of
+from pyro_em.tracing.runs import Run
+from pyro_em.tracing.sites import Role
+
+_MOST = 2**16  # numbers of a tensor; larger ones are worth a layout of their own
+
+_PLAIN = (Role.LATENT, Role.DATA)
+
+
+@dataclass(frozen=True)
+class View:
+    """How one tensor of a site becomes one of its group.
+
+    Attributes:
+        recipe: Its place in the compact layout.
+        dtype: The dtype there.
+    """
+
+    recipe: Recipe
+    dtype: torch.dtype
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The tensor as that of the only member of a group. # (1, *dims or 1s, *event)"""
+        laid = compacted(tensor, self.recipe).unsqueeze(0)
+        return laid if laid.dtype == self.dtype else laid.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class SiteAsGroup:
+    """How one site became a group.
+
+    Attributes:
+        name: The site.
+        dims: Its plates, then its latents.
+        n_plates: How many plates there are.
+        sizes: Their sizes, and those of the latents.
+        family: The record of its distribution.
+        event_dims: Reinterpreted batch dimensions.
+        value: Of its value.
+        arguments: Of its arguments, which the distribution holds under these names.
+        scale: What multiplies its log density.
+        observed: Whether it has a value.
+        distribution: Its name.
+        role: What it stands for.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    n_plates: int
+    sizes: tuple[int, ...]
+    family: Family
+    event_dims: int
+    value: View
+    arguments: Mapping[str, View]
+    scale: float
+    observed: bool
+    distribution: str
+    role: Role
+
+    @classmethod
+    def found(
+        cls, group: Group, site: Mapping[str, Any], layout: FactorLayout
+    ) -> SiteAsGroup | None:
+        """How a site became its group; None where that is out of the ordinary."""
+        base, reinterpreted, wrapping = unwrap(site["fn"])
+        family, scale, given = group.family, group.scale[0], dict(group.arguments)
+        held = vars(base)
+        plain = (
+            family is not None
+            and group.role in _PLAIN
+            and not (wrapping or group.raw_params or group.edges or group.hyperparameters)
+            and not (group.lines or group.reads or group.nested or group.belief or group.matrix)
+            and all(t is None for t in (group.mask, group.elements, group.value_binding, group.raw))
+            and not isinstance(scale, Tensor)
+            and not any(b.params for b in group.bindings.values())
+            and all(isinstance(held.get(a), Tensor) for a in given)
+            and all(t.numel() <= _MOST for t in (site["value"], *(held[a] for a in given)))
+            and "_markov_scope" not in site["infer"]
+        )
+        if not plain or family is None or isinstance(scale, Tensor):
+            return None
+        dims = layout.place(group.members[0])[1]
+        return cls(
+            group.members[0],
+            tuple(group.dims[0]),
+            group.n_plates,
+            group.sizes,
+            family,
+            reinterpreted,
+            View(recipe_for(site["value"], site["fn"].event_dim, dims), group.value.dtype),
+            {
+                a: View(
+                    recipe_for(
+                        held[a],
+                        reinterpreted + family.argument_event_dim(a),
+                        dims,
+                        reinterpreted,
+                    ),
+                    given[a].dtype,
+                )
+                for a in given
+            },
+            scale,
+            group.observed,
+            group.distribution,
+            group.role,
+        )
+
+    def group(self, site: Mapping[str, Any]) -> Group:
+        """The group of the same site in another run."""
+        held = vars(unwrap(site["fn"])[0])
+        arguments = {a: view.of(held[a]) for a, view in self.arguments.items()}
+        return Group(
+            (self.name,),
+            (self.dims,),
+            self.n_plates,
+            self.sizes,
+            self.family,
+            self.event_dims,
+            arguments,
+            {a: Binding("opaque", (), t.detach()) for a, t in arguments.items()},
+            self.value.of(site["value"]),
+            None,
+            (self.scale,),
+            None,
+            (),
+            self.observed,
+            self.distribution,
+            self.role,
+        )
+
+
+@dataclass(frozen=True)
+class LatentAsRead:
+    """Where a latent's values are in that of its site.
+
+    Attributes:
+        name: The latent.
+        plates: Its plates.
+        batch_dims: For each batch dimension of the site the plate's name, or None.
+        repeated: Dimensions of the value that only repeat them, from the right.
+    """
+
+    name: str
+    plates: tuple[str, ...]
+    batch_dims: tuple[str | None, ...]
+    repeated: tuple[int, ...]
+
+    def latent(self, value: Tensor) -> Latent:
+        """The latent at the value of its site in another run."""
+        for dim in self.repeated:
+            value = value.select(dim, 0)
+        return Latent(self.name, self.plates, value.detach(), self.batch_dims)
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """How a run was laid out as a graph.
+
+    Attributes:
+        latents: Its latents.
+        groups: Its groups, each of one site.
+    """
+
+    latents: tuple[LatentAsRead, ...]
+    groups: tuple[SiteAsGroup, ...]
+
+    @classmethod
+    def found(cls, graph: FactorGraph, run: Run) -> LaidOut | None:
+        """How a run became its graph; None where a later one has to be laid out by itself.
+
+        Args:
+            graph: The graph of the run, for an E-step only.
+            run: The run.
+        """
+        structure = graph.structure
+        odd = graph.missing or graph.all_data or graph.parted or structure.series is not None
+        if odd or any(len(g.members) != 1 or g.family is None for g in graph.groups):
+            return None
+        sites = {n: s for n, s in run.sites.items() if n in structure.sites}
+        layout = FactorLayout(sites, structure, Recurring({}))
+        groups = [SiteAsGroup.found(g, sites[g.members[0]], layout) for g in graph.groups]
+        known = tuple(g for g in groups if g is not None)
+        if len(known) < len(groups):
+            return None
+        latents = []
+        for name, latent in graph.latents.items():
+            batch = sites[name]["value"].dim() - sites[name]["fn"].event_dim
+            own = batch + layout.dim_of[name]
+            repeated = tuple(d for d in reversed(range(batch)) if d != own)
+            latents.append(LatentAsRead(name, latent.plates, latent.batch_dims, repeated))
+        out = cls(tuple(latents), known)
+        return out if _are_alike(graph, out.graph(structure, run)) else None
+
+    @torch.enable_grad()
+    def graph(self, structure: Structure, run: Run) -> FactorGraph:
+        """The graph of another run that does the same.
+
+        Args:
+            structure: The skeleton of the model.
+            run: The run.
+        """
+        sites = run.sites
+        return FactorGraph(
+            structure,
+            {z.name: z.latent(sites[z.name]["value"]) for z in self.latents},
+            tuple([g.group(sites[g.name]) for g in self.groups]),
+            run.parameters,
+            missing_of(sites),
+        )
+
+
+def _are_alike(graph: FactorGraph, other: FactorGraph) -> bool:
+    """Whether two graphs of one run hold the same views of the same memory."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for a, b in zip(graph.groups, other.groups, strict=True):
+        pairs += [(a.value, b.value), *((t, b.arguments[n]) for n, t in a.arguments.items())]
+    pairs += [(z.support, other.latents[n].support) for n, z in graph.latents.items()]
+    return all(_is_same(a, b) for a, b in pairs)
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    form = (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+    return form and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
