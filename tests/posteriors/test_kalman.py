@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyro_em.posteriors.filters import kalman, kalman_compiled, kalman_steps
+from pyro_em.posteriors.filters import kalman, kalman_alike, kalman_compiled, kalman_steps
 from pyro_em.posteriors.filters.condensed import condensed
 from pyro_em.posteriors.filters.kalman import (
     disturbances,
@@ -218,6 +218,8 @@ WAYS = ["numpy", *(["numba"] if kalman._HAS_NUMBA else [])]
 
 def by(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kalman, "_HAS_NUMBA", way == "numba")
+    if way == "steps":  # of numpy, no closed form
+        monkeypatch.setattr(kalman_alike, "smoothed", lambda space: None)
     monkeypatch.setattr(kalman, "_FEW", 0)
 
 
@@ -447,7 +449,7 @@ LONG: dict[str, Callable[[], StateSpace]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "steps"])
 @pytest.mark.parametrize("case", LONG)
 def test_steps_that_repeat(case: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     by(way, monkeypatch)
@@ -474,7 +476,7 @@ def test_both_ways_are_the_same(case: str) -> None:
     close(kalman_compiled.sampled(space, normal), kalman_steps.sampled(space, normal), 1e-10)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "steps"])
 def test_steps_that_repeat_only_after_many(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left out of a slow convergence is the sum of many small changes, not the last of them."""
     by(way, monkeypatch)

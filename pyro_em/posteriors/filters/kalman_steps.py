@@ -20,6 +20,8 @@ the difference of two others. The evidence is that of the mode, −½|ε|² − 
 What depends on no data is computed until it repeats. The smoother needs no filter: states are measured
 from zero, and where data are far from it from what is found so, once more.
 
+Chains whose steps are all alike have a quicker smoother where no digits are lost by it: `kalman_alike`.
+
 Source: Kailath, Sayed and Hassibi (2000), "Linear estimation", chapter 12, for the array of the filter;
 Bierman (1977), "Factorization methods for discrete sequential estimation", chapters VI and X, for the
 rows.
@@ -35,6 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_em.posteriors.filters import kalman_alike
 from pyro_em.posteriors.filters.kalman_arrays import FAR, Arrays, Floats, Places, apply, columns
 from pyro_em.posteriors.filters.kalman_recursions import (
     Reflections,
@@ -74,6 +77,9 @@ def smoothed(space: StateSpace) -> Smoothed:
     Args:
         space: The chains, on the CPU.
     """
+    alike = kalman_alike.smoothed(space)
+    if alike is not None:
+        return alike
     arrays = Arrays.of(space)
     told = _backward(arrays)
     near = _near(arrays, told)

@@ -1,0 +1,125 @@
+"""The means of chains whose steps are alike, by sums along all steps with one matrix.
+
+See `kalman_alike` for what they are and for the letters.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyro_em.posteriors.filters.alike_steady import End, Numbers, Steady
+from pyro_em.posteriors.filters.constant_scans import ConstantScans
+
+_Floats = NDArray[np.float64]
+
+_FAR = 1e-11  # errors of means, in standard deviations, for which they are found once more
+_LOST = 1e-3  # those for which that is not enough
+_ROOM = 1 << 14  # numbers of chains whose means are found together
+
+
+def means_of(numbers: Numbers, steady: Steady, end: End) -> tuple[_Floats, _Floats, _Floats] | None:
+    """States # (chains, T, n), G ε # (chains, T, n) and the squares of all noises # (chains,)."""
+    (chains, T, D), n = numbers.value.shape, len(numbers.A)
+    scans = ConstantScans(steady.powers, T)
+    many = max(1, _ROOM // (T * max(n, D)))
+    if chains <= many:
+        return _of_few(numbers, steady, end, scans)
+    states, disturbance = np.empty((2, chains, T, n))
+    squares = np.empty(chains)
+    for start in range(0, chains, many):
+        here = slice(start, start + many)
+        drift = numbers.drift if len(numbers.drift) == 1 else numbers.drift[here]
+        own = numbers._replace(value=numbers.value[here], drift=drift)
+        found = _of_few(own, steady, end, scans)
+        if found is None:
+            return None
+        states[here], disturbance[here], squares[here] = found
+    return states, disturbance, squares
+
+
+def _of_few(
+    numbers: Numbers, steady: Steady, end: End, scans: ConstantScans
+) -> tuple[_Floats, _Floats, _Floats] | None:
+    """The same of chains whose numbers stay in the processor's memory."""
+    A, H = numbers.A, numbers.H
+    y, drift = numbers.value * numbers.precise, numbers.drift
+    told, states, own = _found(numbers, steady, end, scans, y, drift, None)
+    rows, first, whole = states.reshape(-1, len(A)), own, states
+    squares = (rows.T @ rows).diagonal() / np.maximum(steady.covariance.diagonal(), 1e-300)
+    far = math.sqrt(float(squares.max()) / len(rows))
+    error = 1e-16 * end.loss * steady.back * far
+    if not error <= _LOST:
+        return None
+    if error > _FAR:
+        # From the means on; the first state's noise may be so wide that it is no small distance.
+        states[:, 0] = drift[:, 0] + own @ numbers.first.T
+        gained = drift - states
+        gained[:, 1:] += states[:, :-1] @ A.T
+        gained[:, 0] = 0.0
+        y = (numbers.value - states @ numbers.loading.T) * numbers.precise
+        told, states, own = _found(numbers, steady, end, scans, y, gained, own)
+        first, whole = first + own, whole + states
+    epsilon = told @ steady.gain.T
+    epsilon[:, 1:] -= states[:, :-1] @ steady.pull.T
+    epsilon[:, 0] = first
+    disturbance = epsilon @ numbers.G.T
+    disturbance[:, 0] = first @ numbers.first.T
+    y -= states @ H.T
+    return whole, disturbance, _squares(epsilon) + _squares(y)
+
+
+def _found(
+    numbers: Numbers,
+    steady: Steady,
+    end: End,
+    scans: ConstantScans,
+    y: _Floats,
+    drift: _Floats,
+    near: _Floats | None,
+) -> tuple[_Floats, _Floats, _Floats]:
+    """l and the means, # (chains, T, n) each, and ε of the first step # (chains, k).
+
+    Args:
+        numbers: The chains.
+        steady: The steps as if data followed.
+        end: That none follow.
+        scans: Sums with F.
+        y: y/s. # (chains, T, D)
+        drift: a. # (chains|1, T, n)
+        near: What ε of the first step is measured from; None for zero. # (chains, k)
+    """
+    chains, T, _ = y.shape
+    n, moves = drift.shape[-1], bool(np.vdot(drift, drift) > 0.0)
+    told = np.empty((chains, scans.steps, n))
+    told[:, T:] = 0.0
+    np.matmul(y, numbers.H, out=told[:, :T])
+    if moves:
+        told[:, :T] -= drift @ steady.information
+    told = scans.backward(told)
+    states = told @ steady.noise
+    states[:, 0] = _first(numbers, steady, told, near) @ numbers.first.T
+    if moves:
+        states[:, :T] += drift
+    states = scans.forward(states)
+    # What was supposed of the last state is taken back.
+    told, states = told[:, :T], states[:, :T]
+    pull, shape = states[:, -1] @ end.M, (chains, -1, n)
+    many = len(end.toward[0]) // n
+    told[:, T - many :] += (pull @ end.toward).reshape(shape)
+    states[:, T - many :] += (pull @ end.moved).reshape(shape)
+    return told, states, _first(numbers, steady, told, near)
+
+
+def _first(numbers: Numbers, steady: Steady, told: _Floats, near: _Floats | None) -> _Floats:
+    """ε of the first step, from what it is measured from. # (chains, k)"""
+    pull = told[:, 0] @ numbers.first
+    return (pull if near is None else pull - near) @ steady.first
+
+
+def _squares(x: _Floats) -> _Floats:
+    """Sums over numbers and steps. # (chains,)"""
+    flat = x.reshape(len(x), -1)
+    return np.array([np.vdot(flat, flat)]) if len(x) == 1 else np.einsum("ij,ij->i", flat, flat)
