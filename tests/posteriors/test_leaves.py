@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em import ExactPosteriorEM
-from pyro_em.posteriors.gaussians import block_factors, gaussian_layout, leaf_factors
+from pyro_em.posteriors.gaussians import block_factors, gaussian_layout, leaf_factors, leaf_search
 from pyro_em.posteriors.gaussians.gaussian_layout import BlockLayout
 from pyro_em.posteriors.gaussians.linear_gaussian import solve
 from pyro_em.posteriors.gaussians.site_forms import SiteForm, Term
@@ -268,3 +268,40 @@ def test_what_the_rows_of_many_groups_determine_counts() -> None:
     result = ExactPosteriorEM(model).fit(y, max_steps=1)
     assert not any("determine" in note for note in result.plan.notes)
     assert result.num_free_parameters == 2
+
+
+def test_penicillin_has_the_published_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 plates crossed with 6 samples: Davies and Goldsmith (1972), section 6.6.
+
+    By maximum likelihood as the tests of MixedModels.jl have it: deviance 332.18834867, and spreads.
+    """
+    rows = (
+        "272326232321 272326232321 252125242420 262325232320 252226222320 242225232219 "
+        "242023212219 262226242421 242124222220 242124232219 262326242421 252226242420 "
+        "262426242522 262326232320 262325242422 252225232320 252124232320 252224232319 "
+        "242123212119 262326242421 252124222218 252225222220 242124222419 242124222118"
+    )
+    y = torch.tensor([int(row[i : i + 2]) for row in rows.split() for i in range(0, 12, 2)])
+    y, plate, sample = y.double(), torch.arange(144) // 6, torch.arange(144) % 6
+    start = {"m": 22.97222222, "a": 0.8455645948, "b": 1.7706477793, "s": 0.3024263988**0.5}
+
+    def model(y: Tensor) -> None:
+        at = {k: torch.tensor(v).double() for k, v in start.items()}
+        m = pyro.param("m", at["m"])
+        a, b, s = (pyro.param(k, at[k], constraint=constraints.positive) for k in "abs")
+        with pyro.plate("plates", 24):
+            u = pyro.sample("u", dist.Normal(torch.zeros(()).double(), a))
+        with pyro.plate("samples", 6):
+            v = pyro.sample("v", dist.Normal(torch.zeros(()).double(), b))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(m + u[plate] + v[sample], s), obs=y)
+
+    monkeypatch.setattr(leaf_search, "_FEW", 8)
+    pyro.clear_param_store()
+    em = ExactPosteriorEM(model)
+    result = em.fit(y, max_steps=1, tol=0)
+    assert "all but 6 eliminated side by side" in str(result.plan)
+    assert result.history[0] == pytest.approx(-332.18834867 / 2, abs=1e-7)
+    assert result.log_evidence - result.history[0] < 1e-7  # that is the maximum
+    assert em.posterior(y).mean("u")[0].item() == pytest.approx(0.8044, abs=1e-4)
+    assert float(result.standard_errors()["m"]) == pytest.approx(0.744596, rel=1e-4)
