@@ -29,6 +29,7 @@ from pyro_em.posteriors.gaussians.block_places import Bucket
 from pyro_em.posteriors.gaussians.flat_reads import added
 from pyro_em.posteriors.gaussians.gaussian_layout import BlockLayout
 from pyro_em.posteriors.gaussians.leaf_factors import (
+    CoreSum,
     LeafFactor,
     LeafMoments,
     eliminated,
@@ -247,19 +248,20 @@ def joint_factor(layout: BlockLayout, rows: Sequence[SiteRows], cells: int) -> J
         cells: Combinations of discrete values.
     """
     flat = precision_of(layout, rows, cells)
-    said, leaves = flat, list[LeafFactor]()
+    core = flat[:, : sum(b.count * b.size**2 for b in layout.buckets)]
+    leaves: list[LeafFactor] = []
+    said, taken = CoreSum(core), CoreSum(torch.zeros_like(core))
     for batch in layout.leaves:
-        leaf, within, after = eliminated(layout, batch, rows, cells, flat)
-        said = said if leaf.R is None else said + (within - flat)
-        leaves.append(leaf)
-        flat = after
+        leaves.append(eliminated(layout, batch, rows, cells, flat, said, taken))
+    before = said.all()
+    left = before + taken.all() if leaves else before
     dense = []
     for bucket in layout.buckets:
         T = substituted(layout, bucket, rows, cells)
         shape = -1, bucket.count, bucket.size, bucket.size
-        M, before = (x[:, bucket.matrix].reshape(shape) for x in (flat, said))
+        M, all_said = (x[:, bucket.matrix].reshape(shape) for x in (left, before))
         from_rows = partial(_from_rows, layout, bucket, rows, T, leaves)
-        diagonal = before.diagonal(dim1=-2, dim2=-1)
+        diagonal = all_said.diagonal(dim1=-2, dim2=-1)
         dense.append(factorized(layout, bucket, rows, T, M, diagonal, from_rows))
     return JointFactor(layout, tuple(dense), tuple(leaves))
 

@@ -158,10 +158,70 @@ class LeafMoments:
         return through(f.leaves, f.G, self.core)
 
 
+class CoreSum:
+    """The core's flat matrices, to which leaves add; what is added to places goes in at once.
+
+    Attributes:
+        total: What they are so far, but for what waits. # (cells|1, core's part of the flat matrices)
+    """
+
+    def __init__(self, total: Tensor) -> None:
+        self.total = total
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, leaves: Leaves, left: Tensor, right: Tensor) -> None:
+        """Add Σ leftᵀ right at the leaves' boundaries.
+
+        Args:
+            leaves: The batch.
+            left: # (cells, J, m, q)
+            right: # (cells, J, m, q)
+        """
+        cells, q = max(len(left), len(right)), leaves.reads
+        if q == 0:
+            return
+        if _is_dense(leaves):
+            core = leaves.matrix_of_core
+            assert core is not None
+            whole = self.total[:, core]
+            for some in _portions(leaves, cells * left.shape[-2] * _core_size(leaves)):
+                said = _over_core(leaves, left, some).mT @ _over_core(leaves, right, some)
+                whole = whole + said.flatten(1)
+            cells = len(whole)
+            before, after = self.total[:, : core.start], self.total[:, core.stop :]
+            parts = before.expand(cells, -1), whole, after.expand(cells, -1)
+            self.total = torch.cat(parts, 1)
+            return
+        for some in _portions(leaves, cells * q * q):
+            found = multiplied(left[:, some].mT, right[:, some]).flatten(1)
+            self._waiting.append((leaves.boundary.pairs(some).reshape(-1), found))
+            if sum(x.numel() for _, x in self._waiting) > _AT_ONCE:
+                self._let_in()
+
+    def _let_in(self) -> None:
+        cells = max(len(self.total), *(len(x) for _, x in self._waiting))
+        places = torch.cat([at for at, _ in self._waiting])
+        values = torch.cat([x.expand(cells, -1) for _, x in self._waiting], 1)
+        self.total = added(self.total.expand(cells, -1), places, values)
+        self._waiting = []
+
+    def all(self) -> Tensor:
+        """The total of everything."""
+        if self._waiting:
+            self._let_in()
+        return self.total
+
+
 def eliminated(
-    layout: BlockLayout, leaves: Leaves, rows: Sequence[SiteRows], cells: int, flat: Tensor
-) -> tuple[LeafFactor, Tensor, Tensor]:
-    """The factors of some leaves, what they add to the core's matrix before they are eliminated.
+    layout: BlockLayout,
+    leaves: Leaves,
+    rows: Sequence[SiteRows],
+    cells: int,
+    flat: Tensor,
+    said: CoreSum,
+    taken: CoreSum,
+) -> LeafFactor:
+    """The factors of some leaves; what they say of the core is added to its matrix.
 
     Args:
         layout: The blocks.
@@ -169,10 +229,8 @@ def eliminated(
         rows: The numbers of the sites.
         cells: Combinations of discrete values.
         flat: M, the flat matrices. # (cells|1, matrix_size)
-
-    Returns:
-        The factors; the core's M with the leaves in its unknowns, and without what these determine.
-        # (cells, matrix_size) each
+        said: Takes what rows say of the core through the means of leaves.
+        taken: Takes what the core loses as leaves are determined by the rows too.
     """
     J, p, q = leaves.count, leaves.size, leaves.reads
     both = substituted(layout, leaves, rows, cells)
@@ -180,17 +238,17 @@ def eliminated(
     M = flat[:, leaves.matrix].reshape(-1, J, p, p + q)
     own, beside = M[..., :p], M[..., p:]
     R = both[..., p:] if any(c is not None for m in leaves.members for c in m.columns) else None
-    within = flat
     if R is not None:
         moved = multiplied(own, R)
-        within = accumulated(leaves, within, R, moved + beside)
-        within = accumulated(leaves, within, beside, R)
+        said.add(leaves, R, moved + beside)
+        said.add(leaves, beside, R)
         beside = beside + moved
     eye = torch.eye(p, dtype=T.dtype, device=T.device)
     information = eye + multiplied(multiplied(T.mT, own), T)
     coupling = multiplied(T.mT, beside)
     factor = _factorized(layout, leaves, rows, T, R, own, information, coupling)
-    return factor, within, accumulated(leaves, within, -factor.half, factor.half)
+    taken.add(leaves, -factor.half, factor.half)
+    return factor
 
 
 def multiplied(a: Tensor, b: Tensor) -> Tensor:
@@ -238,34 +296,6 @@ def _over_core(leaves: Leaves, x: Tensor, some: slice) -> Tensor:
 def _portions(leaves: Leaves, each: int) -> list[slice]:
     step = max(1, _AT_ONCE // max(1, each))
     return [slice(i, min(i + step, leaves.count)) for i in range(0, leaves.count, step)]
-
-
-def accumulated(leaves: Leaves, flat: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """The flat matrices with Σ leftᵀ right added to the core's at the leaves' boundaries.
-
-    Args:
-        leaves: The batch.
-        flat: # (cells|1, matrix_size)
-        left: # (cells, J, m, q)
-        right: # (cells, J, m, q)
-    """
-    cells, q = max(len(flat), len(left), len(right)), leaves.reads
-    if q == 0:
-        return flat
-    flat = flat.expand(cells, -1)
-    if _is_dense(leaves):
-        core = leaves.matrix_of_core
-        assert core is not None
-        whole = flat[:, core]
-        for some in _portions(leaves, cells * left.shape[-2] * _core_size(leaves)):
-            said = _over_core(leaves, left, some).mT @ _over_core(leaves, right, some)
-            whole = whole + said.flatten(1)
-        return torch.cat([flat[:, : core.start], whole, flat[:, core.stop :]], 1)
-    for some in _portions(leaves, cells * q * q):
-        pairs = leaves.boundary.pairs(some).reshape(-1)
-        found = multiplied(left[:, some].mT, right[:, some])
-        flat = added(flat, pairs, found.flatten(1))
-    return flat
 
 
 def through(leaves: Leaves, x: Tensor, flat: Tensor) -> Tensor:
