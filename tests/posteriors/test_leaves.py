@@ -76,6 +76,52 @@ def test_random_programs_with_leaves_are_the_dense_joint(
         check_reads(seed)
 
 
+def weights_beside_groups(
+    core: list[int], noise: Tensor | None = None, spread: Tensor = ONE
+) -> tuple[BlockLayout, list[SiteNumbers]]:
+    """Weights that all rows read, between two terms of groups; rows of two numbers count unequally."""
+    g = torch.Generator().manual_seed(1)
+    rows, own = 70, torch.randint(0, 6, (2, 70), generator=g)
+    forms = [SiteForm("b", 1, 2, True), SiteForm("u", 6, 1, True)]
+    C = [torch.randn(1, rows, 2, q, generator=g).double() for q in (1, 2, 1)]
+    C[2] = C[2] * (own[1] == own[0])[:, None, None]
+    second = torch.where(own[1] == own[0], own[1], -1)
+    terms = Term(1, own[0]), Term(0, torch.zeros(rows, dtype=torch.long)), Term(1, second)
+    layout = BlockLayout.of([*forms, SiteForm("x", rows, 2, False, terms)], core=core)
+    value = torch.randn(rows, 2, generator=g).double()
+    noise = (
+        torch.tensor([0.5, 0.9]).double().reshape(2, 1, 1).expand(2, 1, 2)
+        if noise is None
+        else noise
+    )
+    weight = torch.randint(0, 3, (rows, 1), generator=g).double()
+    numbers = [
+        SiteNumbers(None, 0.3 * ONE.expand(1, 1, 2), spread.expand(1, 1, 2)),
+        SiteNumbers(None, 0 * ONE, 0.7 * spread),
+        SiteNumbers(value, 0 * ONE.expand(1, 1, 2), noise, tuple(C), weight=weight),
+    ]
+    return layout, numbers
+
+
+@pytest.mark.parametrize("core", [[], [0], [1]])
+def test_what_all_rows_read_alike_is_the_dense_joint(
+    core: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, _ = found = weights_beside_groups(core)
+    assert layout.reads[2].common == (False, True, True, False)
+    assert bool(layout.leaves) == bool(core)
+    monkeypatch.setattr("tests.posteriors.test_linear_gaussian.program_of", lambda seed: found)
+    check_moments(0)
+    check_reads(0)
+
+    def moments(noise: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+        solution = solve(*weights_beside_groups(core, noise.expand(1, 1, 2), spread))
+        return solution.log_evidence.sum(), solution.linear_moments(2).phi_phi.sum(1)
+
+    inputs = [(x * ONE).clone().requires_grad_() for x in (0.5, 0.8)]
+    assert torch.autograd.gradcheck(moments, inputs)
+
+
 def test_what_is_eliminated_first() -> None:
     g = np.random.default_rng(0)
 

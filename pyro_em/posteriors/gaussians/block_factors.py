@@ -10,7 +10,7 @@ where that is too much, R is taken from the rows themselves by a QR decompositio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors.gaussians.block_places import Bucket
+from pyro_em.posteriors.gaussians.block_places import Bucket, Reading, Run, places_between
 from pyro_em.posteriors.gaussians.flat_reads import added, read_at
 from pyro_em.posteriors.gaussians.gaussian_layout import BlockLayout
 from pyro_em.posteriors.gaussians.site_rows import SiteRows, applied
@@ -121,22 +121,12 @@ def precision_of(layout: BlockLayout, rows: Sequence[SiteRows], cells: int) -> T
     for k in sorted({1, cells}):  # what all cells share is added once
         places, terms, size = [], [], 0  # what many small sites add goes at once
         for s, site in enumerate(rows):
-            reading = layout.reads[s]
-            if site.value is None or reading.size == 0 or site.whitened.shape[0] != k:
+            if site.value is None or layout.reads[s].size == 0 or site.whitened.shape[0] != k:
                 continue
-            W, n = site.whitened, layout.sites[s].rows
-            each = k * reading.size**2
-            step = max(1, _MANY // each)
-            if torch.is_grad_enabled() and W.requires_grad:
-                step = max(1, n)
-            for begin in range(0, n, step):
-                chunk = slice(begin, min(begin + step, n))
-                places.append(reading.pairs(chunk).reshape(-1))
-                gram = _gram(site, chunk)
-                if reading.once is not None:
-                    gram = gram * reading.once
-                terms.append(gram.reshape(k, -1))
-                size += each * (chunk.stop - begin)
+            for at, found in _grams(site, layout.reads[s], layout.sites[s].rows):
+                places.append(at.reshape(-1))
+                terms.append(found.reshape(k, -1))
+                size += terms[-1].numel()
                 if size >= _MANY:
                     total = added(total.expand(k, -1), torch.cat(places), torch.cat(terms, 1))
                     places, terms, size = [], [], 0
@@ -145,15 +135,46 @@ def precision_of(layout: BlockLayout, rows: Sequence[SiteRows], cells: int) -> T
     return total
 
 
-def _gram(site: SiteRows, rows: slice) -> Tensor:
-    """Cᵀ P C of each row. # (cells|1, rows, Q, Q)"""
+def _grams(site: SiteRows, reading: Reading, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cᵀ P C of the rows of a site, and its places; of what all rows read alike the sum."""
+    whole = [Run(slice(0, reading.size), False, False)]
+    runs = reading.runs if reading.in_core or reading.common else whole
+    for i in runs:
+        for j in runs:
+            if i.in_core and not j.in_core and reading.in_core:
+                continue  # it has the place of (j, i)
+            if i.common and j.common:
+                at = places_between(reading, i, reading, j, slice(0, 1))
+                yield at, _gram_of_all(site, i.own, j.own, n)
+                continue
+            width = (i.own.stop - i.own.start) * (j.own.stop - j.own.start)
+            step = max(1, _MANY // (len(site.whitened) * width))
+            if torch.is_grad_enabled() and site.whitened.requires_grad:
+                step = max(1, n)
+            for begin in range(0, n, step):
+                chunk = slice(begin, min(begin + step, n))
+                at = places_between(reading, i, reading, j, chunk)
+                yield at, _gram(site, chunk, i.own, j.own)
+
+
+def _gram(site: SiteRows, rows: slice, i: slice, j: slice) -> Tensor:
+    """Cᵀ P C of each row and some coordinates. # (cells|1, rows, q_i, q_j)"""
     W = site.whitened if site.whitened.shape[1] == 1 else site.whitened[:, rows]
-    weighted = W
+    left, right = W[..., i], W[..., j]
     if site.weight is not None:
         weight = site.weight if site.weight.shape[0] == 1 else site.weight[rows]
-        weighted = W * weight.unsqueeze(-1)
-    gram = W.mT * weighted if W.shape[-2] == 1 else W.mT @ weighted
+        right = right * weight.unsqueeze(-1)
+    gram = left.mT * right if W.shape[-2] == 1 else left.mT @ right
     return gram.expand(-1, rows.stop - rows.start, -1, -1)
+
+
+def _gram_of_all(site: SiteRows, i: slice, j: slice, n: int) -> Tensor:
+    """The sum of Cᵀ P C over all rows. # (cells|1, q_i, q_j)"""
+    W = site.whitened.expand(-1, n, -1, -1)
+    left, right = W[..., i], W[..., j]
+    if site.weight is not None:
+        right = right * site.weight.unsqueeze(-1)
+    return left.flatten(1, 2).mT @ right.flatten(1, 2)
 
 
 def gradient_of(

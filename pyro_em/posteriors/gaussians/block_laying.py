@@ -15,6 +15,8 @@ from pyro_em.posteriors.gaussians.block_search import Ints
 from pyro_em.posteriors.gaussians.leaf_search import Boundary
 from pyro_em.posteriors.gaussians.site_forms import SiteForm
 
+_MANY = 64  # rows from which on it is worth knowing what they have in common
+
 
 @dataclass(frozen=True, eq=False)
 class Places:
@@ -105,15 +107,17 @@ def reading_of(
             own = np.where(is_read, beside.columns(leaf, elements)[:, None] + k, 0)
         column.append(own)
         kinds += [in_core] * width
-    there = np.concatenate(present, 1)
+    there, at = np.concatenate(present, 1), np.concatenate(vector, 1)
+    common = (at == at[:1]).all(0) & there.all(0) if rows > _MANY else np.zeros(1, bool)
     mixed = leaf is not None and any(kinds)
     return Reading(
-        torch.as_tensor(np.concatenate(vector, 1), device=device),
+        torch.as_tensor(at, device=device),
         torch.as_tensor(np.concatenate(row, 1), device=device),
         torch.as_tensor(np.concatenate(column, 1), device=device),
         None if there.all() else torch.as_tensor(there, device=device),
         tuple(kinds) if mixed else None,
         torch.as_tensor(np.concatenate(inner, 1), device=device) if mixed else None,
+        tuple(common.tolist()) if common.any() else None,
     )
 
 

@@ -26,6 +26,7 @@ class Reading:
         in_core: Which coordinates are the core's, where rows also read leaves; `column` is then the
             column in the leaf's rows. None where all are of one kind. Q
         core_column: The columns of these in the core's rows. # (rows, Q)
+        common: Which coordinates are the same in all rows, as weights are; None if none is. Q
     """
 
     vector: Tensor
@@ -34,6 +35,7 @@ class Reading:
     present: Tensor | None = None
     in_core: tuple[bool, ...] | None = None
     core_column: Tensor | None = None
+    common: tuple[bool, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -44,14 +46,6 @@ class Reading:
         """Places of all pairs of the coordinates in the flat matrices. # (rows, Q, Q)"""
         return places_of(self, self, rows)
 
-    @property
-    def once(self) -> Tensor | None:
-        """Which pairs have a place of their own; None if all have. # (Q, Q)"""
-        if self.in_core is None:
-            return None
-        core = torch.tensor(self.in_core, device=self.vector.device)
-        return ~(core.unsqueeze(-1) & ~core)
-
     def beside(self, other: Reading) -> Reading:
         """These coordinates followed by those of another reading of the same rows."""
         present = None
@@ -61,6 +55,10 @@ class Reading:
         if self.in_core is not None or other.in_core is not None:
             in_core = self.of_core + other.of_core
             core_column = torch.cat([self.columns_in_core, other.columns_in_core], -1)
+        common = None
+        if self.common is not None or other.common is not None:
+            parts = (x.common or (False,) * x.size for x in (self, other))
+            common = tuple(kind for part in parts for kind in part)
         return Reading(
             torch.cat([self.vector, other.vector], -1),
             torch.cat([self.row, other.row], -1),
@@ -68,7 +66,20 @@ class Reading:
             present,
             in_core,
             core_column,
+            common,
         )
+
+    @property
+    def runs(self) -> list[Run]:
+        """Stretches of coordinates of one kind."""
+        none = (False,) * self.size
+        kinds = zip(self.in_core or none, self.common or none, strict=True)
+        out, begin = [], 0
+        for (in_core, common), run in groupby(kinds):
+            end = begin + sum(1 for _ in run)
+            out.append(Run(slice(begin, end), in_core, common))
+            begin = end
+        return out
 
     @property
     def of_core(self) -> tuple[bool, ...]:
@@ -155,33 +166,41 @@ class Leaves(Bucket):
         return self.size + self.reads
 
 
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring coordinates of one kind.
+
+    Attributes:
+        own: Which ones.
+        in_core: Whether they are the core's, beside those of leaves.
+        common: Whether they are the same in all rows.
+    """
+
+    own: slice
+    in_core: bool
+    common: bool
+
+
 def places_of(a: Reading, b: Reading, rows: slice = slice(None)) -> Tensor:
     """Places of all pairs of coordinates that the same rows read. # (rows, Q_a, Q_b)
 
     Where one is a leaf's and the other the core's, it is that of the leaf's row: matrices that are not
     symmetric are read with the leaf's coordinates first.
     """
-    out = a.row[rows].unsqueeze(-1) + b.column[rows].unsqueeze(-2)
     if a.in_core is None or b.in_core is None:
-        return out
-    for i, first in _runs(a.in_core):
-        for j, second in _runs(b.in_core):
-            if first and second:
-                inner = b.columns_in_core[rows, j].unsqueeze(-2)
-                out[:, i, j] = a.row[rows, i].unsqueeze(-1) + inner
-            elif first:
-                out[:, i, j] = b.row[rows, j].unsqueeze(-2) + a.column[rows, i].unsqueeze(-1)
-    return out
+        return a.row[rows].unsqueeze(-1) + b.column[rows].unsqueeze(-2)
+    parts = [torch.cat([places_between(a, i, b, j, rows) for j in b.runs], -1) for i in a.runs]
+    return torch.cat(parts, -2)
 
 
-def _runs(kinds: tuple[bool, ...]) -> list[tuple[slice, bool]]:
-    """Stretches of coordinates of one kind."""
-    out, begin = [], 0
-    for kind, run in groupby(kinds):
-        end = begin + sum(1 for _ in run)
-        out.append((slice(begin, end), kind))
-        begin = end
-    return out
+def places_between(a: Reading, i: Run, b: Reading, j: Run, rows: slice = slice(None)) -> Tensor:
+    """The same of some of the coordinates. # (rows, q_a, q_b)"""
+    row, column = a.row[rows, i.own].unsqueeze(-1), b.column[rows, j.own].unsqueeze(-2)
+    if a.in_core is None or b.in_core is None or not i.in_core:
+        return row + column
+    if j.in_core:
+        return row + b.columns_in_core[rows, j.own].unsqueeze(-2)
+    return b.row[rows, j.own].unsqueeze(-2) + a.column[rows, i.own].unsqueeze(-1)
 
 
 def _all_present(reading: Reading) -> Tensor:

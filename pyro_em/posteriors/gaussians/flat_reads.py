@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors.gaussians.block_places import Reading, places_of
+from pyro_em.posteriors.gaussians.block_places import Reading, places_between, places_of
 from pyro_em.posteriors.gaussians.gaussian_layout import BlockLayout
 
 
@@ -25,7 +25,14 @@ def read_at(flat: Tensor, reading: Reading) -> Tensor:
 
 def pairs_at(flat: Tensor, a: Reading, b: Reading) -> Tensor:
     """What rows read of the flat matrices. # (cells, rows, Q_a, Q_b)"""
-    out = flat[:, places_of(a, b)]
+    if a.common is None or b.common is None:
+        out = flat[:, places_of(a, b)]
+    else:  # what all rows read alike is read once
+        out = flat.new_empty(len(flat), len(a.vector), a.size, b.size)
+        for i in a.runs:
+            for j in b.runs:
+                rows = slice(0, 1) if i.common and j.common else slice(None)
+                out[:, :, i.own, j.own] = flat[:, places_between(a, i, b, j, rows)]
     if a.present is not None:
         out = torch.where(a.present.unsqueeze(-1), out, torch.zeros_like(out))
     if b.present is not None:

@@ -230,6 +230,17 @@ class GaussianSolution:
             The mean and the second moment about zero.
             # (cells, rows, D), (cells, rows, D, D) or (cells, rows, D)
         """
+        moved = None
+        if self._residuals[site] is not None:
+            reading = self.layout.reads[site]
+            covariance = pairs_at(self._factor.covariance, reading, reading)
+            moved = self.counted_coefficients(site) @ covariance
+        return self._residual_moments(site, diagonal, moved)
+
+    def _residual_moments(
+        self, site: int, diagonal: bool, moved: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same with C Cov(u) of an observed site. # (cells, rows, D, Q)"""
         rows, own, residual = self._rows[site], self.layout.own[site], self._residuals[site]
         if residual is None:  # the residuals of a latent are its own noises, L ε
             assert own is not None
@@ -237,13 +248,11 @@ class GaussianSolution:
             mean = self.residuals(site)
             covariance = L @ pairs_at(self._factor.noise, own, own) @ L.mT
         else:
-            reading = self.layout.reads[site]
-            C = self.counted_coefficients(site)
-            mean = residual
+            C, mean = self.counted_coefficients(site), residual
+            assert moved is not None
             if diagonal:
-                spread = C @ pairs_at(self._factor.covariance, reading, reading)
-                return mean, (spread * C).sum(-1).expand(mean.shape) + mean.square()
-            covariance = C @ pairs_at(self._factor.covariance, reading, reading) @ C.mT
+                return mean, (moved * C).sum(-1).expand(mean.shape) + mean.square()
+            covariance = moved @ C.mT
         if diagonal:
             return mean, covariance.diagonal(dim1=-2, dim2=-1) + mean.square()
         return mean, covariance + mean.unsqueeze(-1) * mean.unsqueeze(-2)
@@ -257,12 +266,14 @@ class GaussianSolution:
         """
         reading, own, rows = self.layout.reads[site], self.layout.own[site], self._rows[site]
         covariance = pairs_at(self._factor.covariance, reading, reading)
+        moved = None
         if own is None:
-            cross = -(self.counted_coefficients(site) @ covariance)
+            moved = self.counted_coefficients(site) @ covariance
+            cross = -moved
         else:
             L = rows.spread if rows.is_matrix else rows.spread.diag_embed()
             cross = L @ pairs_at(self._factor.noise_and_latents, own, reading)
-        residual, second = self.residual_moments(site, diagonal)
+        residual, second = self._residual_moments(site, diagonal, moved)
         mean = self._mean_read(site)
         return linear_moments(mean, covariance, residual, cross, second, diagonal)
 

@@ -58,11 +58,11 @@ def linear_moments(
         diagonal: Whether `second` is the diagonal only.
     """
     phi = cat([mean, ones_like(mean[..., :1] if mean.shape[-1] else residual[..., :1])], -1)
-    u_u = covariance + mean.unsqueeze(-1) * mean.unsqueeze(-2)
-    above = cat([u_u, mean.unsqueeze(-1)], -1)
+    phi_phi = phi.unsqueeze(-1) * phi.unsqueeze(-2)
+    phi_phi[..., :-1, :-1] += covariance
     r_u = cross + residual.unsqueeze(-1) * mean.unsqueeze(-2)
     return LinearMoments(
-        cat([above, phi.unsqueeze(-2)], -2),
+        phi_phi,
         cat([r_u, residual.unsqueeze(-1)], -1),
         second,
         diagonal,
