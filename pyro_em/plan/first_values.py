@@ -90,16 +90,16 @@ def may_begin_enumerated(structure: Structure, gaussians: Collection[str]) -> bo
         structure: The skeleton of the model that is run.
         gaussians: Its Gaussian latents.
     """
-    store = pyro.get_param_store()
-    series = structure.series
+    store, series = pyro.get_param_store(), structure.series
     if series is not None and (not gaussians or needs_all_steps(series.template)):
         return False
+    as_run = structure.as_run  # of a loop over indices its template, which names no single step
     return (
         bool(structure.parameters)
-        and not (gaussians and structure.latents)
-        and not (structure.unchecked or structure.barren or structure.masked_pairs)
-        and not (structure.random_plates or structure.kept_values)
-        and all(structure.sites[z].scope == (z,) for z in structure.latents)
+        and not (gaussians and as_run.latents)
+        and not (as_run.unchecked or as_run.barren or as_run.masked_pairs)
+        and not (as_run.random_plates or as_run.kept_values)
+        and all(as_run.sites[z].scope == (z,) for z in as_run.latents)
         and not any(
             n in store or isinstance(p.unconstrained, torch.nn.Parameter)
             for n, p in structure.parameters.items()

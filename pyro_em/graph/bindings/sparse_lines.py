@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ _DIGIT = 1024  # element numbers are read in digits that single precision holds
 _DENSE = 512  # elements of a parameter that are tried one by one
 _CELLS = 2**26  # of a Jacobian
 _ROWS = 64  # that are looked at before all
+_FEW = 2**14  # random numbers that are remembered
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -76,9 +78,16 @@ def numbers_read(forward: Forward, slope: Tensor, shape: torch.Size, count: int)
 
 def random_like(t: Tensor, seed: int = 37) -> Tensor:
     """Random numbers of a tensor's shape, of either sign and between one and two in size."""
+    return _noise(t.shape, seed).to(t) if t.numel() > _FEW else _few(t.shape, seed).to(t, copy=True)
+
+
+def _noise(shape: torch.Size, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    noise = 2 * torch.rand(t.shape, generator=generator, dtype=torch.float64) - 1
-    return (noise + noise.sign()).to(t)
+    noise = 2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1
+    return noise + noise.sign()
+
+
+_few = lru_cache(maxsize=32)(_noise)  # a reading asks for the same ones several times
 
 
 def is_close(a: Tensor, b: Tensor) -> bool:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
@@ -39,6 +41,12 @@ class Read:
     elements: Tensor
     coefficient: Binding
     only: int | None = None
+
+    @cached_property
+    def places(self) -> bytes:
+        """The elements as a key."""
+        out: bytes = self.elements.detach().cpu().to(torch.int64).numpy().tobytes()
+        return out
 
 
 @dataclass(frozen=True, eq=False)

@@ -195,7 +195,9 @@ class ChainMatrices:
     def on(self, values: Iterable[Numbers | None]) -> ChainMatrices:
         """The same with other data of each site, or none."""
         pairs = zip(self.sites, values, strict=True)
-        out = replace(self, sites=tuple(replace(s, value=value) for s, value in pairs))
+        out = replace(
+            self, sites=tuple(s if s.value is v else replace(s, value=v) for s, v in pairs)
+        )
         own = {n: x for n, x in vars(self).items() if n in ("vector", "_small")}
         vars(out).update(own)  # no datum is in these
         return out

@@ -295,6 +295,8 @@ def elements_of_blocks(block: GaussianBlock, plates: Sequence[str]) -> tuple[Ten
     """
     layout = block.layout
     device = block.groups[0].value.device
+    if not plates:  # their only element
+        return torch.zeros(layout.blocks, dtype=torch.long, device=device), ""
     low = torch.full((layout.blocks,), torch.iinfo(torch.long).max, device=device)
     high = torch.full((layout.blocks,), -1, device=device)
     for i, group in enumerate(block.groups):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -120,12 +121,6 @@ def _width(group: Group) -> tuple[int, bool]:
     return width, group.role is Role.GAUSSIAN
 
 
-def _bytes(t: Tensor) -> bytes:
-    """Whole numbers as a key."""
-    out: bytes = t.detach().cpu().to(torch.int64).numpy().tobytes()
-    return out
-
-
 @dataclass(frozen=True, eq=False)
 class _Steps:
     """The sites of one loop's template, with Gaussian latents.
@@ -180,7 +175,7 @@ class _Steps:
         places, template = self.unrolling.places, self.unrolling.template
 
         def of_line(name: str, line: Line) -> Hashable:
-            own = [(r.latent, places.get(r.latent), _bytes(r.elements)) for r in line.reads]
+            own = [(r.latent, places.get(r.latent), r.places) for r in line.reads]
             plates = template.sites[name].plates
             group = self.group_of(name)
             members = len(group.members)
@@ -230,6 +225,15 @@ class _Steps:
 
     def group_of(self, name: str) -> Group:
         """The members of a site of the template in the graph."""
+        if name not in self._groups:
+            self._groups[name] = self._group_of(name)
+        return self._groups[name]
+
+    @cached_property
+    def _groups(self) -> dict[str, Group]:
+        return {}
+
+    def _group_of(self, name: str) -> Group:
         axis, h = self.axis(name), self.loop.history
         group, first = self.graph.group_of(self.name(name, h if axis is not None else None))
         count = 1 if axis is None else self.loop.size - h
