@@ -78,8 +78,8 @@ class Structure(Portable):
     False is in ``masked_pairs``. passing: Sites that only carry values from step to step, and do not
     count. series: How its loops are read over index tensors
     (`pyro_em.graph.vectorised_loops.series.Unrolling`), where they are. lines: Sites whose mean is
-    bound apart, as it reads Gaussian latents. reduced: Latents outside plates of which the model
-    reduces whole tensors: an enumerated run has to agree with plain ones at several of their values.
+    bound apart, as it reads Gaussian latents. joined: Latents outside plates whose values the model may
+    take together once they are enumerated: that run has to agree with plain ones at several of them.
     """
 
     plates: Mapping[str, Plate]
@@ -103,7 +103,7 @@ class Structure(Portable):
     passing: frozenset[str] = frozenset()
     series: Any = None
     lines: frozenset[str] = frozenset()
-    reduced: frozenset[str] = frozenset()
+    joined: frozenset[str] = frozenset()
 
     def _travelling(self) -> dict[str, Any]:
         # What only runs of the model need: traced sites, values of barren latents.

@@ -85,7 +85,8 @@ _MATRIX = _words("""
 
 _WHOLE = (None, None, None)
 
-_DIMS = _words("dim dims axis")
+# With a latent as an index, or as one of the batch dimensions that broadcast.
+_FROM_THE_RIGHT = _words("__getitem__ embedding linear gather")
 
 _PRODUCT = _words("matmul mm bmm mv dot inner __matmul__ __rmatmul__")
 
@@ -110,15 +111,15 @@ class Mixing:
     Attributes:
         suspects: Latents whose plates' elements may have been mixed.
         read: Latents that were turned into numbers or arrays of Python, or written into tensors.
-        reduced: Latents outside plates of which a whole tensor was summed, sorted or compared: once
-            they are enumerated it holds all of their values.
+        joined: Latents outside plates of which whole tensors may have been summed, sorted, compared or
+            laid out anew: once they are enumerated these hold all of their values.
     """
 
     def __init__(self, plates: Mapping[str, frozenset[int]]) -> None:
         self.plates = {name: sizes for name, sizes in plates.items() if sizes}
         self.suspects: set[str] = set()
         self.read: set[str] = set()
-        self.reduced: set[str] = set()
+        self.joined: set[str] = set()
         self._known: dict[frozenset[str], tuple[frozenset[str], frozenset[int]]] = {}
 
     def see(
@@ -150,20 +151,40 @@ class Mixing:
             sizes = frozenset(n for z in own for n in self.plates[z])
             self._known[tags] = own, sizes
         own, sizes = self._known[tags]
-        if name in _ALONG and len(own) < len(tags) and _is_whole(name, args, kwargs):
-            self.reduced |= tags - own
+        if len(own) < len(tags) and not _is_from_the_right(name, args, kwargs):
+            self.joined |= tags - own
         if own and not own <= self.suspects and _may_mix(name, args, kwargs, sizes, is_tagged, out):
             self.suspects |= own
 
 
-def _is_whole(name: str, args: tuple, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a reduction takes a tensor without dimensions, or all dimensions of a tensor."""
-    if not args or not isinstance(args[0], Tensor):
-        return False
-    if not _shape(args[0]):
+def _is_from_the_right(name: str, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation counts its dimensions from the right, where no value of a latent lies."""
+    if name in _FROM_THE_RIGHT or name in _PRODUCT or name in _MATRIX or name in _PERMUTE:
         return True
-    names_dim = len(args) > _DIM_AT.get(name, 1) or not kwargs.keys().isdisjoint(_DIMS)
-    return not names_dim and name not in _LAST | _FIRST | _SECOND
+    if name == "where":
+        return len(args) + len(kwargs) > 1
+    if name not in _ALONG or not args:
+        return False
+    if name in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor):
+        return True
+    if isinstance(args[0], Tensor) and not _shape(args[0]):
+        return False
+    dims = _dims_given(name, args, kwargs)
+    chosen = (dims,) if isinstance(dims, int) else dims
+    return _are_ints(chosen) and all(d < 0 for d in chosen)
+
+
+def _dims_given(name: str, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """The dimensions along which an operation acts, where they are named."""
+    dims = kwargs.get("dim", kwargs.get("dims", kwargs.get("axis")))
+    place = _DIM_AT.get(name, 1)
+    if dims is None and len(args) > place:
+        dims = args[place]
+        if isinstance(dims, int) and name in ("flip", "permute") and len(args) > place + 1:
+            dims = args[place:]
+    if dims is None and name in _LAST:
+        dims = -1
+    return dims
 
 
 def _is_written(name: str, kwargs: Mapping[str, Any]) -> bool:
@@ -220,16 +241,9 @@ def _along(
     if name in ("cat", "concat", "concatenate"):
         shapes = [_shape(a) for a in args[0]]
         shape = tuple(max(ns) for ns in zip(*shapes, strict=False))
-    place = _DIM_AT.get(name, 1)
-    dims = kwargs.get("dim", kwargs.get("dims", kwargs.get("axis")))
-    if dims is None and len(args) > place:
-        dims = args[place]
-        if isinstance(dims, int) and name in ("flip", "permute") and len(args) > place + 1:
-            dims = args[place:]
+    dims = _dims_given(name, args, kwargs)
     if dims is None:
-        if name in _LAST:
-            dims = -1
-        elif name in _FIRST:
+        if name in _FIRST:
             dims = 0
         elif name in _SECOND:
             dims = 1

@@ -84,7 +84,8 @@ class Run:
         scopes: Per site the other sites that reach it, from a provenance run.
         suspects: Latents whose plates' elements it may have mixed, from a provenance run.
         read: Sites whose values were turned into numbers of Python, which carry no tags.
-        reduced: Latents outside plates of which it reduced whole tensors, from a provenance run.
+        joined: Latents outside plates whose values it may take together once they are enumerated, from
+            a provenance run.
         changed_masks: Sites whose mask was written after them.
         shadows: Where large latents have no numbers, so that no argument was validated.
         unfinished: The parameter at whose initial value the run broke off.
@@ -99,7 +100,7 @@ class Run:
     unfinished: TracedParameter | None = None
     suspects: frozenset[str] = frozenset()
     read: frozenset[str] = frozenset()
-    reduced: frozenset[str] = frozenset()
+    joined: frozenset[str] = frozenset()
     cleared: bool = False
 
 
@@ -285,7 +286,7 @@ def provenance_run(
         scopes_of(factors_in(sites)),
         suspects=frozenset(mixing.suspects),
         read=frozenset(mixing.read),
-        reduced=frozenset(mixing.reduced),
+        joined=frozenset(mixing.joined),
         cleared=was_cleared(begun),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -27,24 +28,45 @@ def _with_loc(loc: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
 MU = torch.tensor([-1.0, 1.0])
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(
-    "loc",
-    [
-        lambda z: MU[z.max()],
-        lambda z: MU[z.min()],
-        lambda z: MU[z.sum().clamp(max=1)],
-        lambda z: MU[1] if z.any() else MU[0],
-        lambda z: MU[1] if (z == 1).all() else MU[0],
-    ],
-    ids=["max", "min", "sum", "any", "all"],
-)
-def test_a_latent_outside_plates_that_is_reduced(
-    loc: Callable[[Tensor], Tensor], seed: int
-) -> None:
-    pyro.set_rng_seed(seed)
-    with pytest.raises(ModelError, match="with 'z' enumerated, its argument 'loc' is not what"):
-        ExactPosteriorEM(_with_loc(loc)).posterior(X)
+WHOLE = {
+    "max": lambda z: MU[z.max()],
+    "sum": lambda z: MU[z.sum().clamp(max=1)],
+    "any": lambda z: MU[1] if z.any() else MU[0],
+    "all": lambda z: MU[1] if (z == 1).all() else MU[0],
+    "numpy": lambda z: MU[int(np.max(z.numpy()))],
+    "list": lambda z: MU[max(z.flatten().tolist())],
+    "sorted": lambda z: MU[z.reshape(-1).sort().values[-1]],
+    "unique": lambda z: MU[torch.unique(z)[-1]],
+    "nonzero": lambda z: MU[min(1, len(z.nonzero()))],
+    "where": lambda z: MU[z] if len(torch.where(z == 1)[0]) else -2 * MU[z],
+    "equal": lambda z: MU[0 if torch.equal(z, torch.zeros_like(z)) else 1],
+    "product": lambda z: MU[(z.reshape(-1).double() @ torch.ones(z.numel()).double() > 0).long()],
+    "einsum": lambda z: MU[(torch.einsum("i->", z.reshape(-1)) > 0).long()],
+}
+
+
+@pytest.mark.parametrize("how", WHOLE)
+def test_a_latent_outside_plates_whose_values_are_taken_together(how: str) -> None:
+    """One of two seeds draws the value at which a plain run agrees by chance."""
+    for seed in (0, 1):
+        pyro.set_rng_seed(seed)
+        with pytest.raises(ModelError, match="enumerated, its argument 'loc' is not what"):
+            ExactPosteriorEM(_with_loc(WHOLE[how])).posterior(X)
+
+
+def test_steps_of_a_loop_whose_values_are_taken_together() -> None:
+    """Every step draws one: the largest of a step and the one before is that of all of their values."""
+
+    def model(x: Tensor) -> None:
+        before = torch.tensor(1)
+        for t in pyro.markov(range(3)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(torch.tensor([1e-6, 1 - 1e-6])))
+            pair = torch.stack(torch.broadcast_tensors(z, before))
+            pyro.sample(f"x_{t}", dist.Normal(MU[pair.max()], 1.0), obs=x[t])
+            before = z
+
+    with pytest.raises(ModelError, match="enumerated, its argument 'loc' is not what"):
+        ExactPosteriorEM(model).posterior(X)
 
 
 def test_a_reduction_of_one_event_is_no_reduction_of_values() -> None:

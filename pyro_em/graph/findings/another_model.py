@@ -48,7 +48,7 @@ def require_same(
     with torch.no_grad():
         nesting = structure.max_plate_nesting
         off = disagreements(sites, looked, structure.latents, nesting, forms, parts)
-        if not off and structure.reduced and not parts:
+        if not off and structure.joined and not parts:
             off = _off_elsewhere(model, args, kwargs, sites, structure, looked, forms)
         if not off:
             return
@@ -77,19 +77,23 @@ def _off_elsewhere(
     looked: Mapping[str, Mapping[str, Any]],
     forms: Mapping[str, Hashable | None],
 ) -> list[tuple[str, str]]:
-    """Sites that differ where latents are at the ends of their supports.
+    """Sites that differ where latents are at the ends of their supports, or beside them.
 
     A largest value, a sum, whether any is true: of all values of an enumerated latent together it may
     be by chance what it is of the one value of a plain run.
     """
-    held = _held(structure, looked)
-    for end in (0, -1):
-        ends = {}
-        for name in structure.reduced & held.keys() & set(structure.latents):
-            fn = sites[name]["fn"]
-            last = fn.enumerate_support(expand=False)[end].detach().reshape(fn.event_shape)
-            ends[name] = last.expand(held[name].shape)
-        run = held_run(model, args, kwargs, {**held, **ends})
+    held, supports = _held(structure, looked), dict[str, Tensor]()
+    for name in structure.joined & held.keys() & set(structure.latents):
+        fn = sites[name]["fn"]
+        support = fn.enumerate_support(expand=False).detach()
+        supports[name] = support.reshape(len(support), *fn.event_shape)
+    most = max((len(s) for s in supports.values()), default=0)
+    for k in (0, -1, 1, 2)[:most]:
+        at = {n: s[min(k, len(s) - 1)].expand(held[n].shape) for n, s in supports.items()}
+        try:
+            run = held_run(model, args, kwargs, {**held, **at})
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError):
+            continue  # these values lead elsewhere
         off = disagreements(sites, run, structure.latents, structure.max_plate_nesting, forms, None)
         if off:
             return off

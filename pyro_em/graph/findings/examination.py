@@ -238,7 +238,7 @@ def _findings(
             (tagged.suspects | tagged.read) & hidden
             or unused - {f"{n}_unobserved" for n in masked_pairs}
         ),
-        reduced=tagged.reduced & latents.keys(),
+        joined=(tagged.joined | tagged.read) & latents.keys(),
     )
     of_parameters = parameter_problems(plain)
     if of_parameters and has_bad_parameters(plain):
