@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_em import ExactPosteriorEM, ModelError
+from pyro_em import ExactPosteriorEM, ModelError, UsageError
 
 X = torch.tensor([0.3, -1.0, 0.8, 1.1, -0.2])
 
@@ -111,3 +111,24 @@ def test_a_branch_on_all_elements_of_a_plate(
 
     with pytest.raises(ModelError, match=text):
         ExactPosteriorEM(model).posterior(X)
+
+
+def test_a_name_that_is_there_twice_is_shown_in_the_users_line() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+            pyro.sample("z", dist.Normal(MU[z], 1.0), obs=x)
+
+    with pytest.raises(ModelError, match=r'line \d+: pyro.sample\("z", dist.Normal') as found:
+        ExactPosteriorEM(model).posterior(X)
+    assert "f'z_{t}'" in str(found.value)
+
+
+def test_a_step_that_is_asked_for_without_its_number_is_told_of_the_glob() -> None:
+    def model(x: Tensor) -> None:
+        for t in pyro.markov(range(2)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(torch.tensor([0.5, 0.5])))
+            pyro.sample(f"x_{t}", dist.Normal(MU[z], 1.0), obs=x[t])
+
+    with pytest.raises(UsageError, match=r"all steps together: 'z_\*'"):
+        ExactPosteriorEM(model).posterior(X).probs("z")

@@ -20,11 +20,11 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_em import errors
 from pyro_em.tracing.sites import signature_of, users
 
 _NOT_THE_USERS = (
-    *(str(Path(str(m.__file__)).parent) for m in (torch, pyro, numpy)),
-    str(Path(__file__).parents[1]),
+    *(str(Path(str(m.__file__)).parent) for m in (torch, pyro, numpy, errors)),
     sysconfig.get_paths()["stdlib"],
     "<frozen",
 )

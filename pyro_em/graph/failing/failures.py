@@ -160,6 +160,8 @@ def _remedies(text: str) -> tuple[str, ...]:
         )
     if "not implemented for 'Half'" in text or "not implemented for 'BFloat16'" in text:
         return ("use float32 or float64 for data and parameters: x.float()",)
+    if "Multiple sample sites named" in text:
+        return ("give each site a name of its own; in a loop f'z_{t}'",)
     if "floating point" in text and "require gradients" in text:
         return ("give parameters a floating point value: pyro.param(name, x.float())",)
     return ()

@@ -36,7 +36,11 @@ def parameter_problems(run: Run) -> list[Finding]:
                     + " and ".join(p.declared)
                     + ".",
                     "Pyro keeps the first and ignores the others in silence",
-                    ("give every pyro.param of this name the same constraint", "rename one"),
+                    (
+                        "give every pyro.param of this name the same constraint",
+                        "rename one",
+                        "if it is an earlier model's, forget that: pyro.clear_param_store()",
+                    ),
                 )
             )
         if p.is_foreign:

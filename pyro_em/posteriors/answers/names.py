@@ -6,6 +6,7 @@ The unobserved part of a site with ``obs_mask`` goes by the site's own name.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,10 +69,18 @@ def latent_of(graph: FactorGraph, site: str) -> Latent:
             message(
                 f"site '{site}'",
                 f"it is no summed latent of this model; those are: {listed(names_of(graph))}.",
-                fixes=["ask for one of them"],
+                fixes=["ask for one of them", *_globs_for(site, graph)],
             )
         )
     return graph.latents[site]
+
+
+def _globs_for(site: str, graph: FactorGraph) -> list[str]:
+    """The glob of steps of a series whose name was given without their numbers."""
+    steps = [n for n in names_of(graph) if re.fullmatch(re.escape(site) + r"_?\d+", n)]
+    if len(steps) < 2:
+        return []
+    return [f"ask for all steps together: '{steps[0].rstrip(_DIGITS)}*'"]
 
 
 def by_glob(graph: FactorGraph, pattern: str, *, as_rows: bool = True) -> tuple[str, ...] | None:
