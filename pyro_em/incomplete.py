@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em.distributions import unwrap
+from pyro_em.pieces import where_true
 
 _BITS = 62  # coordinates whose pattern is one integer
 
@@ -46,7 +47,7 @@ class _RealOrMissing(constraints.Constraint):
         """Whether no coordinate is infinite."""
         inside = torch.ones(value.shape[:-1], dtype=torch.bool, device=value.device)
         for coordinate in value.unbind(-1):  # of all at once torch makes another number each
-            inside &= ~torch.isinf(coordinate)
+            inside &= ~where_true(torch.isinf, coordinate)
         return inside
 
 

@@ -137,7 +137,7 @@ class Incomplete(Gaussian):
     _layouts: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = field(init=False)
 
     def __post_init__(self) -> None:
-        seen = ~torch.isnan(self.x)
+        seen = torch.isnan(self.x).logical_not_()
         self.patterns, self._layouts = patterns_of(seen.T), {}
         self.x = self.x.to(torch.float64).masked_fill_(~seen, 0.0)
         self._kept = {}

@@ -10,6 +10,7 @@ from pyro_em.densities.masked import Masked
 from pyro_em.densities.plain_rows import count_of_rows
 from pyro_em.graph.all_data import AllData, Centre
 from pyro_em.graph.factors import Group, is_incomplete, seen_entries
+from pyro_em.pieces import pieces
 
 _ROWS = 2**16  # that are looked at together
 
@@ -49,7 +50,14 @@ def _centred(value: Tensor, seen: Tensor, known: Centre | None) -> tuple[Tensor,
         rows = slice(begin, begin + _ROWS)
         x[:, rows] = torch.where(seen[rows], value[rows], torch.nan).T
     if known is None:  # of one column after the other: a mean makes several numbers of each
-        centre = torch.stack([column.nanmean() for column in x]).nan_to_num(0.0)
+        centre = torch.stack([_mean(column) for column in x])
     else:
         centre = known.mean
     return x.sub_(centre.unsqueeze(-1)), centre
+
+
+def _mean(column: Tensor) -> Tensor:
+    """The mean of what is seen; zero where nothing is. # () from (N,)"""
+    parts = [part for (part,) in pieces(column)]
+    seen = sum(int(torch.count_nonzero(part == part)) for part in parts)
+    return torch.stack([part.nansum() for part in parts]).sum() / max(seen, 1)

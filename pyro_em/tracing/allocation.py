@@ -170,8 +170,8 @@ def _of_index(source: Tensor, indices: Any) -> int:
 
 
 def _of_draw(probs: Tensor, *rest: Any, **how: Any) -> int:
-    """Bytes that ``torch.multinomial`` takes: a number per probability."""
-    return probs.numel() * probs.element_size()
+    """Bytes that ``torch.multinomial`` takes: a number per probability, and one beside it."""
+    return 2 * probs.numel() * probs.element_size()
 
 
 _aten = torch.ops.aten

@@ -40,7 +40,12 @@ def input_problems(site: Mapping[str, Any]) -> list[Finding]:
     for what, tensor, is_argument in held:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_meta:
             continue
-        bad = torch.isnan(getattr(tensor, "_t", tensor).detach())
+        plain = getattr(tensor, "_t", tensor).detach()
+        if not bool(
+            torch.isnan(plain.sum())
+        ):  # no number is NaN, and no tensor of their size is made
+            continue
+        bad = torch.isnan(plain)
         if not bool(bad.any()) or (is_argument and not _counts(site, bad)):
             continue
         count = int(bad.sum())

@@ -16,6 +16,7 @@ from pyro_em.graph.failing.blame import same_tensor
 from pyro_em.graph.failing.failing_words import CONVERTED_NAN, NAN_CONVERTED, OF_COORDINATES
 from pyro_em.graph.findings.initial import start_problem
 from pyro_em.incomplete import may_hold_nan
+from pyro_em.pieces import where_true
 from pyro_em.tracing.runs import Run
 
 # Supports that are all whole numbers between their bounds.
@@ -187,6 +188,11 @@ def _has_nonfinite(value: Tensor) -> bool:
     return not all(map(math.isfinite, _ends(value)))
 
 
+def _is_nonfinite(value: Tensor) -> Tensor:
+    """Where numbers are NaN or infinite. # like the value"""
+    return torch.isfinite(value).logical_not_()
+
+
 def _ends(value: Tensor) -> tuple[float, float]:
     """The smallest and the largest number of a value; both NaN where one is."""
     low, high = value.detach().aminmax()
@@ -227,9 +233,10 @@ def data_problems(
             return []
     low, high = _ends(value) if value.numel() and value.dtype != torch.bool else (0.0, 0.0)
     has_ends = math.isfinite(low) and math.isfinite(high)
-    bad = None if has_ends else torch.isfinite(value).logical_not_() & shown
-    if bad is not None and may_hold_nan(base):
-        bad &= torch.isinf(value)
+    bad: Tensor | None = None
+    if not has_ends:
+        no_number = torch.isinf if may_hold_nan(base) else _is_nonfinite
+        bad = where_true(no_number, value.detach()) & shown
     if bad is not None and bool(bad.any()):
         return [_not_finite(where, site, bad, masked_by_user)]
     converted = None if low > CONVERTED_NAN[1] else _converted(value) & shown

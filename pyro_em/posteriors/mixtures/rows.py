@@ -197,24 +197,24 @@ def distinct(
     """
     N = graph.dim_size(shape.plate)
     own = None if weight is None or bool((weight == 1).all()) else weight
-    columns = []
+    given: list[tuple[Tensor, bool]] = []  # and whether NaN stands for what is missing
     for g in shape.rowwise:
         group = graph.groups[g]
         if varies(group):
             return graph, own
-        value, missing = group.value, None
-        if is_incomplete(group):
-            missing = torch.isnan(value)
-            value = value.nan_to_num(0.0)
-        for t in (value, missing, group.mask, group.elements):
+        for t in (group.value, group.mask, group.elements):
             if t is not None and t.shape[1] > 1:
-                columns.append(t.transpose(0, 1).reshape(N, -1))
-    wide = [c for c in columns if c.is_floating_point()]
+                incomplete = t is group.value and is_incomplete(group)
+                given.append((t.transpose(0, 1).reshape(N, -1), incomplete))
     # A glance at few rows tells real numbers from counts.
-    few = [c[:: max(1, N // 64)] for c in wide]
-    if not columns or any(bool((c != c.round()).any()) for c in few):
+    few = [c[:: max(1, N // 64)].nan_to_num(0.0) for c, _ in given if c.is_floating_point()]
+    if not given or any(bool((c != c.round()).any()) for c in few):
         return graph, own
-    columns = [c.to(torch.float64) for c in columns]
+    columns = []
+    for c, incomplete in given:
+        columns.append((c.nan_to_num(0.0) if incomplete else c).to(torch.float64))
+        if incomplete:
+            columns.append(torch.isnan(c).to(torch.float64))
     rows = columns[0] if len(columns) == 1 else torch.cat(columns, 1)
     inverse, counts = equal_rows(rows)
     if 2 * len(counts) > N:

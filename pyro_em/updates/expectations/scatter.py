@@ -16,9 +16,8 @@ from pyro_em.distributions import broadcast_shape
 from pyro_em.families.forms import Kind
 from pyro_em.graph.bindings.binding import Selection
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.pieces import PIECE
 from pyro_em.updates.update import ParameterUpdate
-
-_MANY = 2**20  # numbers whose magnitudes are held together
 
 
 def _prod(shape: Sequence[int]) -> int:
@@ -105,10 +104,15 @@ def _largest(magnitude: Callable[[Tensor], Tensor], value: Tensor, like: Tensor)
         return x.amax(axes, keepdim=True) if axes else x
 
     along = max(range(like.dim()), key=lambda i: value.shape[i], default=0)
-    if value.numel() <= _MANY or not like.dim() or like.shape[along] != 1:
+    if value.numel() <= PIECE or not like.dim() or like.shape[along] != 1:
         return largest(value)
-    step = max(1, _MANY * value.shape[along] // value.numel())
-    return torch.stack([largest(part) for part in value.split(step, along)]).amax(0)
+    step = max(1, PIECE * value.shape[along] // value.numel())
+    out: Tensor | None = None
+    for part in value.split(step, along):
+        own = largest(part)
+        out = own if out is None else torch.maximum(out, own)
+    assert out is not None
+    return out
 
 
 def _events(index: Tensor, event: int, size: int, n_events: int) -> Tensor:
