@@ -19,7 +19,7 @@ Source: Little and Rubin (2002), section 11.2.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,9 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em.distributions import unwrap
-from pyro_em.pieces import where_true
+from pyro_em.pieces import PIECE, where_true
 
 _BITS = 62  # coordinates whose pattern is one integer
-
-_ROWS = 2**16  # whose patterns are looked at together
 
 FACTORS = 2**21  # numbers in the factors of some patterns that are held at once
 
@@ -163,17 +161,36 @@ def patterns_of(seen: Tensor) -> Patterns:
         return Patterns(distinct.bool(), of_row)
     of_row = torch.empty(len(seen), dtype=torch.long, device=seen.device)
     weights = 1 << torch.arange(D, device=seen.device)
-    for own, rows in zip(of_row.split(_ROWS), seen.split(_ROWS), strict=True):
+    step = max(1, PIECE // max(D, 1))
+    for own, rows in zip(of_row.split(step), seen.split(step), strict=True):
         torch.sum(rows * weights, -1, out=own)
     if len(seen) > 1 << D:  # a table of all patterns is less than what sorts the rows
         is_there = torch.bincount(of_row, minlength=1 << D) > 0
         code, place = is_there.nonzero().reshape(-1), is_there.cumsum(0) - 1
-        for own in of_row.split(_ROWS):
+        for own in of_row.split(PIECE):
             own.copy_(place[own])
     else:
         code, of_row = torch.unique(of_row, return_inverse=True)
     bit = torch.arange(D, device=seen.device)
     return Patterns(((code.unsqueeze(-1) >> bit) & 1).bool(), of_row)
+
+
+def distinct_patterns(parts: Iterable[Tensor]) -> Tensor:
+    """The distinct patterns of many rows, without what each row has. # (U, D)
+
+    Args:
+        parts: Which coordinates rows have seen, some rows at a time. # (r, D) each
+
+    Example:
+        >>> first, second = torch.tensor([[True, False]]), torch.tensor([[True, True], [True, False]])
+        >>> distinct_patterns([first, second]).tolist()
+        [[True, False], [True, True]]
+    """
+    found: Tensor | None = None
+    for seen in parts:
+        found = patterns_of(seen if found is None else torch.cat([found, seen])).seen
+    assert found is not None
+    return found
 
 
 def most_patterns(matrices: int, D: int) -> int:

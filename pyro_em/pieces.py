@@ -1,8 +1,8 @@
 """Elementwise functions of large tensors, piece by piece.
 
 Torch makes several numbers of each element on the way to one bit (``isfinite`` takes absolute values
-first), and blocks of several MB, once freed, stay with the C library as holes in the heap. Pieces of half
-a MB fit into the holes of the pieces before them.
+first), and blocks of several MB, once freed, stay with the C library as holes in the heap. Pieces of
+half a MB fit into the holes of those before.
 """
 
 from __future__ import annotations

@@ -28,6 +28,16 @@ from pyro_em.densities.pairs import unfolding, upper_pairs, with_products
 from pyro_em.families.family import Statistics
 from pyro_em.incomplete import Patterns, conditional, covariance_of, most_patterns, patterns_of
 
+_CHUNK = 2**18  # numbers of a chunk of rows in all (`pyro_em.posteriors.mixtures.mixture`)
+
+_FEWEST_ROWS, _MOST_ROWS = 2**13, 2**15  # of a chunk
+
+_MATRICES = 2**16  # numbers in one kind of matrix of some patterns
+
+_MANY_ROWS = 2**10  # of a chunk from which on all chunks are laid out together
+
+_ROWS_OF_A_PATTERN = 32  # in a chunk, from which on its calls cost little
+
 
 @dataclass(frozen=True, eq=False)
 class Factors:
@@ -138,7 +148,8 @@ class Incomplete(Gaussian):
 
     def __post_init__(self) -> None:
         seen = torch.isnan(self.x).logical_not_()
-        self.patterns, self._layouts = patterns_of(seen.T), {}
+        found, self._layouts = patterns_of(seen.T), {}
+        self.patterns = Patterns(found.seen, found.of_row.to(torch.int32))  # kept through a fit
         self.x = self.x.to(torch.float64).masked_fill_(~seen, 0.0)
         self._kept = {}
         if self.given_reach2 is None:
@@ -153,8 +164,10 @@ class Incomplete(Gaussian):
     @property
     def width(self) -> int:
         """Numbers per row that a chunk holds."""
-        # Many rows at once, since each pattern costs calls; fewer where their whitening is large.
-        return self.K * max(0, self.x.shape[0] - 16) // 2
+        # Many rows at once where there are many patterns, of which each costs calls and coefficients;
+        # fewer where their whitening is large.
+        rows = min(max(_FEWEST_ROWS, _ROWS_OF_A_PATTERN * len(self.patterns.seen)), _MOST_ROWS)
+        return max(_CHUNK // rows, self.K * max(0, self.x.shape[0] - 16) // 2)
 
     def prepare(self, arguments: Mapping[str, Tensor]) -> Any:
         """Coefficients at some arguments."""
@@ -172,8 +185,22 @@ class Incomplete(Gaussian):
 
     def _linear(self, mean: Tensor, covariance: Tensor, size: float) -> AtPatterns:
         """Coefficients of the features, and what completes their sums, for all patterns."""
+        parts = self.patterns.seen.split(self._patterns_at_once)
+        each = [self._coefficients(mean, covariance, seen) for seen in parts]
+        found = each[0] if len(each) == 1 else [torch.cat(t) for t in zip(*each, strict=True)]
+        return AtPatterns(mean, covariance, None, size, *found)
+
+    @property
+    def _patterns_at_once(self) -> int:
+        """Of how many patterns matrices are computed together: a dozen of each are held meanwhile."""
+        return max(1, _MATRICES // (self.K * self.x.shape[0] ** 2))
+
+    def _coefficients(
+        self, mean: Tensor, covariance: Tensor, seen: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The last fields of `AtPatterns` for some patterns. # from (u, D)"""
         D = self.x.shape[0]
-        seen = self.patterns.seen.unsqueeze(1)
+        seen = seen.unsqueeze(1)
         both = seen.unsqueeze(-1) & seen.unsqueeze(-2)
         eye = torch.eye(D, dtype=torch.float64, device=self.x.device)
         root = torch.linalg.cholesky(torch.where(both, covariance, eye))
@@ -188,7 +215,7 @@ class Incomplete(Gaussian):
         complete = torch.where(seen.unsqueeze(-1), eye * both, slopes)
         rest = (~seen).unsqueeze(-1) & (~seen).unsqueeze(-2)
         left = (covariance - slopes @ covariance) * rest
-        return AtPatterns(mean, covariance, None, size, linear, constant, complete, left)
+        return linear, constant, complete, left
 
     def _factors(self, covariance: Tensor, seen: Tensor) -> Factors:
         both = seen.unsqueeze(1).expand(-1, len(covariance), -1)
@@ -231,9 +258,15 @@ class Incomplete(Gaussian):
     def _layout(self, begin: int, end: int, matrices: int) -> list[tuple[Tensor, Tensor]]:
         """The patterns of some rows, and the places of these; see `Patterns.batches`."""
         if (begin, end) not in self._layouts:
-            part = Patterns(self.patterns.seen, self.patterns.of_row[begin:end])
-            most = most_patterns(matrices, self.x.shape[0])
-            self._layouts[begin, end] = part.batches(most)
+            rows, step = self.x.shape[1], max(end - begin, 1)
+            # Those of all chunks together: what is small and stays, made between what is large and
+            # goes, would leave holes in the heap that the large blocks of the next chunk do not fit.
+            is_first = begin == 0 and step >= _MANY_ROWS
+            for first in range(0, rows, step) if is_first else (begin,):
+                last = min(first + step, rows)
+                part = Patterns(self.patterns.seen, self.patterns.of_row[first:last])
+                batches = part.batches(most_patterns(matrices, self.x.shape[0]))
+                self._layouts[first, last] = [(own, at.to(torch.int32)) for own, at in batches]
         return self._layouts[begin, end]
 
     def log_density(self, p: Any, features: Any, onto: Tensor | None = None) -> Tensor:
@@ -300,16 +333,22 @@ class Incomplete(Gaussian):
         """Σ r E[d] and Σ r E[d dᵀ] from the sums of features over the rows of each pattern."""
         assert p.linear is not None and p.complete is not None and p.left is not None
         D, P = self.x.shape[0], p.linear.shape[-1]
-        sums = moments.unflatten(-1, (-1, P + 1)).transpose(0, 1)  # (U, K, P + 1)
-        seen = self.patterns.seen.to(sums.dtype).unsqueeze(1)
-        total, mass, mu = sums[..., :D], sums[..., P:], p.mean * seen
-        squares = sums[..., D:P][..., self.full].unflatten(-1, (D, D))
-        cross = total.unsqueeze(-1) * mu.unsqueeze(-2)
-        outer = mass.unsqueeze(-1) * mu.unsqueeze(-1) * mu.unsqueeze(-2)
-        squares = squares - cross - cross.mT + outer
-        first = (p.complete @ (total - mass * mu).unsqueeze(-1)).squeeze(-1)
-        second = p.complete @ squares @ p.complete.mT + mass.unsqueeze(-1) * p.left
-        return first.sum(0), second.sum(0)
+        all_sums = moments.unflatten(-1, (-1, P + 1)).transpose(0, 1)  # (U, K, P + 1)
+        parts = (all_sums, self.patterns.seen, p.complete, p.left)
+        first = self.x.new_zeros(self.K, D)
+        second = self.x.new_zeros(self.K, D, D)
+        for sums, seen, complete, left in zip(
+            *(t.split(self._patterns_at_once) for t in parts), strict=True
+        ):
+            total, mass = sums[..., :D], sums[..., P:]
+            mu = p.mean * seen.to(sums.dtype).unsqueeze(1)
+            squares = sums[..., D:P][..., self.full].unflatten(-1, (D, D))
+            cross = total.unsqueeze(-1) * mu.unsqueeze(-2)
+            outer = mass.unsqueeze(-1) * mu.unsqueeze(-1) * mu.unsqueeze(-2)
+            squares = squares - cross - cross.mT + outer
+            first += (complete @ (total - mass * mu).unsqueeze(-1)).squeeze(-1).sum(0)
+            second += (complete @ squares @ complete.mT + mass.unsqueeze(-1) * left).sum(0)
+        return first, second
 
     def correction(self, p: Any, moments: Tensor, mass: Tensor) -> Tensor | float:
         """Nothing: all is computed in float64."""

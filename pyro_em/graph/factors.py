@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, Protocol
 
 import torch
@@ -324,13 +324,12 @@ def seen_entries(group: Group) -> Tensor | None:
         rest = group.value.dim() - group.elements.dim()
         seen.append(group.elements.reshape(group.elements.shape + (1,) * rest))
     if is_incomplete(group):
-        seen.append(~torch.isnan(group.value))
-    if not seen:
-        return None
-    out = seen[0]
-    for other in seen[1:]:
-        out = out & other
-    return out
+        out = torch.isnan(group.value).logical_not_()
+        for other in seen:
+            fits = torch.broadcast_shapes(out.shape, other.shape) == out.shape
+            out = out.logical_and_(other) if fits else out & other
+        return out
+    return reduce(torch.logical_and, seen) if seen else None
 
 
 def largest_counts(graph: FactorGraph) -> dict[str, int]:

@@ -15,6 +15,7 @@ from pyro_em.graph.trace import Resized
 from pyro_em.plan.evaluation import Disagreement
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.continuous.gaussian_steps import at_zero, of_lines
+from pyro_em.tracing.freed import return_freed_memory
 from pyro_em.tracing.given import GivenGaussians
 from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.runs import Run
@@ -36,6 +37,7 @@ def disagreements_of(
         random_seed: Trace from another random state.
         current: The current ones, where they are known.
     """
+    return_freed_memory(group.value for group in program.graph.groups)
     current = values_of(program.graph.parameters) if current is None else current
     predicted_at = {**current, **(values or {})}
     graph, given = at_zero(program.graph), (program.args, program.structure)

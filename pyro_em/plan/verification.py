@@ -11,7 +11,6 @@ from pyro_em.errors import message
 from pyro_em.plan.agreement import disagreements_of
 from pyro_em.plan.evaluation import Disagreement
 from pyro_em.plan.program import Program
-from pyro_em.tracing.freed import return_freed_memory
 from pyro_em.tracing.parameters import moved, parameters_at
 from pyro_em.updates.update import Fixed, Gradient, ParameterUpdate
 
@@ -21,7 +20,6 @@ def verified(program: Program) -> Program:
 
     What they do not show gets a gradient.
     """
-    return_freed_memory(group.value for group in program.graph.groups)
     off = _disagreements_elsewhere(program)
     if not off:
         return replace(program, compiled=program.graph.is_static)

@@ -162,7 +162,11 @@ def _holds_nan(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[bool, b
 
 
 def _in_part(t: Tensor) -> bool:
-    missing = torch.isnan(t.detach())
+    return _some_in_part(torch.isnan(t.detach()))
+
+
+def _some_in_part(missing: Tensor) -> bool:
+    """Whether some vector is missing in part. # (*batch, D)"""
     return bool((missing.any(-1) & ~missing.all(-1)).any())
 
 
@@ -189,17 +193,16 @@ def integrated(
     """
     base, reinterpreted, _ = unwrap(fn)
     event = len(base.event_shape)
-    seen = ~missing
     if event == 0:
-        marginal = base
-    elif isinstance(base, _NORMAL) and (in_part or bool((missing.any(-1) & seen.any(-1)).any())):
-        marginal, seen = IncompleteMultivariateNormal.of(base), seen.any(-1)
+        marginal, seen = base, ~missing
+    elif isinstance(base, _NORMAL) and (in_part or _some_in_part(missing)):
+        marginal, seen = IncompleteMultivariateNormal.of(base), ~missing.all(-1)
     elif (mixture := _mixture_of_seen(base, missing)) is not None:
-        marginal, seen = mixture, seen.flatten(-event).any(-1)
+        marginal, seen = mixture, ~missing.flatten(-event).all(-1)
         if not may_hold_nan(mixture):
             value = _filled(value, missing, event)
     else:
-        marginal, seen = base, seen.flatten(-event).all(-1)
+        marginal, seen = base, ~missing.flatten(-event).any(-1)
         missing = (~seen).reshape(seen.shape + (1,) * event).expand(missing.shape)
     batch = fn.batch_shape + fn.event_shape[:reinterpreted]
     own = element_mask(fn)

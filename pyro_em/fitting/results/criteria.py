@@ -25,7 +25,8 @@ from pyro_em.graph.factors import Group, is_incomplete, seen_entries
 from pyro_em.graph.stretches import Members
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.vectorised_loops.latent_series import plates_of
-from pyro_em.incomplete import patterns_of
+from pyro_em.incomplete import distinct_patterns
+from pyro_em.pieces import PIECE
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.enumeration import run_contraction
 from pyro_em.tracing.parameters import TracedParameter
@@ -66,7 +67,9 @@ def num_rows(program: Program) -> float:
                 weight = scale.movedim(axis, 0).reshape(plate.size, -1).amax(-1)
     if weight is not None:
         return float((weight * observed).sum())
-    seen = float(observed.expand(plate.size).sum()) if isinstance(observed, Tensor) else plate.size
+    seen: float = plate.size
+    if isinstance(observed, Tensor):  # a sum would make an integer of each
+        seen = int(torch.count_nonzero(observed.expand(plate.size)))
     return (seen if observed is not False else 0.0) * plate.full_size / plate.size
 
 
@@ -293,11 +296,15 @@ def _distinct(seen: Tensor, alive: Tensor | None, group: Group) -> tuple[Tensor,
     """What is seen and counts, once for rows that have seen the same, where no argument has rows."""
     lead = 1 + group.n_plates
     arguments = [b.constant.shape[:lead].numel() for b in group.bindings.values()]
-    there = seen if alive is None else seen & alive.unsqueeze(-1)
-    if group.n_plates < 1 or max(arguments) > 1 or there.shape[lead:-1].numel() > 1:
+    counts = seen.new_ones(()) if alive is None else alive.unsqueeze(-1)
+    shape = torch.broadcast_shapes(seen.shape, counts.shape)
+    if group.n_plates < 1 or max(arguments) > 1 or shape[lead:-1].numel() > 1:
         return seen, alive
-    found = patterns_of(there.reshape(-1, there.shape[-1])).seen
-    return found.reshape(1, len(found), *(1,) * (there.dim() - 3), there.shape[-1]), None
+    rows = (t.expand(*shape[:-1], n).reshape(-1, n) for t, n in ((seen, shape[-1]), (counts, 1)))
+    step = max(1, PIECE // max(shape[-1], 1))
+    parts = zip(*(t.split(step) for t in rows), strict=True)
+    found = distinct_patterns(own & counted for own, counted in parts)
+    return found.reshape(1, len(found), *(1,) * (len(shape) - 3), shape[-1]), None
 
 
 def _elements_of(binding: Binding, name: str, alive: Tensor | None, size: int) -> Tensor | None:

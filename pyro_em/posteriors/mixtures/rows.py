@@ -207,8 +207,12 @@ def distinct(
                 incomplete = t is group.value and is_incomplete(group)
                 given.append((t.transpose(0, 1).reshape(N, -1), incomplete))
     # A glance at few rows tells real numbers from counts.
-    few = [c[:: max(1, N // 64)].nan_to_num(0.0) for c, _ in given if c.is_floating_point()]
-    if not given or any(bool((c != c.round()).any()) for c in few):
+    for c, incomplete in given:
+        few = c[:: max(1, N // 64)]
+        few = few.nan_to_num(0.0) if incomplete else few
+        if few.is_floating_point() and bool((few != few.round()).any()):
+            return graph, own
+    if not given:
         return graph, own
     columns = []
     for c, incomplete in given:
