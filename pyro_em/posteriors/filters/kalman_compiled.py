@@ -309,7 +309,7 @@ def _stacked(arrays: Sequence[Any]) -> Any:
 def _only_group(space: StateSpace) -> Group | None:
     """All chains as one group; None where there are more."""
     A, G, H, s = (
-        x.detach().numpy() for x in (space.transition, space.noise, space.loading, space.deviation)
+        _numbers(x) for x in (space.transition, space.noise, space.loading, space.deviation)
     )
     if max(len(A), len(G), len(H), len(s)) > 1:
         return None
@@ -444,9 +444,14 @@ def _forward(
     return nats, predicted, mean
 
 
+def _numbers(x: Tensor) -> Any:
+    """The numbers of a tensor on the CPU, in its own memory."""
+    return (x.detach() if x.requires_grad else x).numpy()
+
+
 def _array(x: Tensor) -> Any:
-    """The numbers of a tensor on the CPU, in its own memory if they follow each other there."""
-    return np.ascontiguousarray((x.detach() if x.requires_grad else x).numpy())
+    """The same, one after the other."""
+    return np.ascontiguousarray(_numbers(x))
 
 
 def _work(*shapes: tuple[int, int]) -> tuple[_Floats, ...]:
