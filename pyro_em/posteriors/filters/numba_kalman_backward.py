@@ -196,7 +196,7 @@ def backward_memory(M: int, D: int, n: int, k: int) -> int:
     """
     told, wide = D + n, k + n
     rows = told * (n + told + 3) + wide * (wide + told + 3) + 2 * n * n + M * (told + n)
-    return rows + wide * told + 2 * (told + k + 3) + (wide + 3) * told
+    return rows + 2 * (told + k + 3) + (wide + 3) * told
 
 
 @compiled_in_order
@@ -249,12 +249,11 @@ def backward(
     R, at = matrix(slab, at, n, n)
     last, at = matrix(slab, at, n, n)
     data, at = matrix(slab, at, M, told)
-    turn, at = matrix(slab, at, wide, told)
     zeta, at = matrix(slab, at, M, n)
     both, at = matrix(slab, at, 2, told + k + 3)
     blocks = (wide + 3) // 4
     end = at + 4 * blocks * told
-    fours = slab[at:end].reshape((blocks, told, 4))
+    turn = slab[at:end].reshape((blocks, told, 4))
     m, gained = both[0, :n], both[1, :n]
     drifting = T if len(near) > 0 else drifts_until(drift)
     steady, kept, last_place, size, sizes = False, False, len(pull), 0.0, 0.0
@@ -278,11 +277,8 @@ def backward(
         known = steady and kept and alike
         if known and whole and t >= drifting:
             first = _first_alike(dynamics, measurement, seen, max(drifting, 1), t)
-            for i in range(wide):
-                for c in range(told):
-                    fours[i // 4, c, i % 4] = turn[i, c]
             for j in range(M):
-                far = max(far, _down(fours, scale, value[j], shift[j], zeta[j], first, t, both))
+                far = max(far, _down(turn, scale, value[j], shift[j], zeta[j], first, t, both))
             for s in range(first, t + 1):
                 place[s] = last_place
             nats += own_nats * (t + 1 - first)
@@ -310,11 +306,11 @@ def backward(
                 data[j, d] = e * scale[d]
                 far = max(far, abs(data[j, d]))
             for i in range(n):
-                total = zeta[j, i]
+                said = zeta[j, i]
                 if not plain:
                     for l in range(i, n):
-                        total += R[i, l] * gained[l]
-                data[j, D + i] = total
+                        said += R[i, l] * gained[l]
+                data[j, D + i] = said
         if not known:
             E, W = pull[last_place], factor[last_place]
             carry = few and not (steady and alike)
@@ -341,7 +337,7 @@ def backward(
             if kept:
                 for i in range(wide):
                     for c in range(told):
-                        turn[i, c] = X[i, wide + c]
+                        turn[i // 4, c, i % 4] = X[i, wide + c]
             else:
                 for j in range(M):
                     for i in range(k):
@@ -351,13 +347,15 @@ def backward(
         sizes += size
         if kept:
             for j in range(M):
-                for i in range(wide):
-                    total = 0.0
-                    for c in range(told):
-                        total += turn[i, c] * data[j, c]
-                    if i < k:
-                        shift[j, t, i] = total
-                    else:
-                        zeta[j, i - k] = total
+                for b in range(blocks):
+                    rows = turn[b]
+                    total = times(load(rows, 0, 0), data[j, 0])
+                    for c in range(1, told):
+                        total = plus(total, load(rows, c, 0), data[j, c])
+                    store(both, 1, 4 * b, total)
+                for i in range(k):
+                    shift[j, t, i] = both[1, i]
+                for i in range(n):
+                    zeta[j, i] = both[1, k + i]
         t -= 1
     totals[0], totals[1], totals[2], totals[3] = sizes, nats, far, drifting
