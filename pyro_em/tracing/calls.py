@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from pyro_em.tracing.allocation import OutputTooLarge, Unwatched, size_guard
 from pyro_em.tracing.dependences import Reading, checksum
-from pyro_em.tracing.operations import HELD, PARAMETER, OperationLog
+from pyro_em.tracing.operations import HELD, MADE, PARAMETER, OperationLog
 
 _MOST_CALLS = 4096  # of a run; what is longer is known by its operations
 
@@ -249,6 +249,13 @@ class CallLog(OperationLog):
         if self.beneath is not None:
             self.beneath.know(tensor, parameter)
 
+    def make(self, tensor: Tensor, form: Hashable) -> None:
+        """Note that a tensor, made aside, holds numbers that its form tells."""
+        super().make(tensor, form)
+        self._alive.append(tensor.untyped_storage())
+        if self.beneath is not None:
+            self.beneath.make(tensor, form)
+
     def origin(self, tensor: Tensor, is_fresh: bool = False) -> Hashable:
         """Whence a tensor comes, and how it lies in its memory."""
         if type(tensor) not in _TENSORS:  # as the steps of a loop together: it hides what it holds
@@ -267,7 +274,7 @@ class CallLog(OperationLog):
             if known is None:
                 known = self._origin[at] = (HELD, checksum(tensor))
                 self._hold(memory)
-            if self.reading is not None and known[0] != PARAMETER:
+            if self.reading is not None and known[0] not in (MADE, PARAMETER):
                 self.reading.note(tensor)
         dtype = tensor.dtype
         laid = (tensor.shape, tensor.stride(), tensor.storage_offset(), dtype, tensor.requires_grad)

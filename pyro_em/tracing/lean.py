@@ -11,10 +11,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
+from pyro.distributions import Categorical
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.markov_messenger import MarkovMessenger
-from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.runtime import _ENUM_ALLOCATOR, _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
@@ -121,8 +122,10 @@ class EnumTrace(LeanTrace, EnumMessenger):
             have values are drawn for nothing but the random state; None for no draws.
         met: Called with each site of a distribution once it is traced; None for nothing.
         aside: Opens a block whose operations are none of the model's.
+        made: Called there with a value that was made there, and its form; None for nothing.
     """
 
+    made: Callable[[Tensor, tuple[Any, ...]], None] | None = None
     draws: Callable[[], AbstractContextManager[None]] | None = None
     met: Met | None = None
     aside: Aside = nullcontext
@@ -137,6 +140,7 @@ class EnumTrace(LeanTrace, EnumMessenger):
         super().__init__(capture)
         self.first_available_dim = first_available_dim
         self.latents, self.kept = latents, kept or {}
+        self._supports: dict[tuple[Any, ...], Tensor] = {}
 
     def _process_message(self, msg: Any) -> None:
         super()._process_message(msg)
@@ -158,7 +162,32 @@ class EnumTrace(LeanTrace, EnumMessenger):
         if self.draws is not None and role_of(msg) is Role.GAUSSIAN:
             with self.draws():
                 _draw_as_at_first(msg)
-        _enumerate(self, msg)
+        if infer.get("enumerate") != "parallel" or not _is_all_of_categorical(msg):
+            _enumerate(self, msg)
+            return
+        infer["enumerate"] = None
+        _enumerate(self, msg)  # which notes the site's scope
+        infer["enumerate"] = "parallel"
+        self._enumerate_categorical(msg)
+
+    def _enumerate_categorical(self, msg: Any) -> None:
+        """All values of a Categorical, as Pyro lays them out: a copy of those of an earlier site."""
+        infer, fn = msg["infer"], msg["fn"]
+        scope = infer.get("_markov_scope")
+        dim, number = _ENUM_ALLOCATOR.allocate(
+            None if scope is None else set(self._param_dims[msg["name"]])
+        )
+        form = fn._num_events, dim, fn._param.device
+        with self.aside():
+            if form not in self._supports:
+                support = torch.arange(form[0], device=form[2])
+                self._supports[form] = support.reshape(-1, *(1,) * (-1 - dim))
+            value = self._supports[form].clone()
+            if self.made is not None:
+                self.made(value, ("support", *form))
+        value._pyro_categorical_support = id(fn)  # type: ignore[attr-defined]
+        infer["_enumerate_dim"], infer["_dim_to_id"] = dim, {dim: number}
+        msg["value"], msg["done"] = value, True
 
     def _postprocess_message(self, msg: Any) -> None:
         super()._postprocess_message(msg)
@@ -182,6 +211,13 @@ def _draw_as_at_first(msg: Any) -> None:
     """Draw as many numbers as the first run of a model does for a Gaussian latent."""
     shape = msg["fn"].shape()
     torch.normal(msg["value"].new_zeros(shape), msg["value"].new_ones(shape))
+
+
+def _is_all_of_categorical(msg: Any) -> bool:
+    """Whether the values of a site are all of a Categorical, along a dimension of its own."""
+    if msg["done"] or msg["is_observed"] or type(msg["fn"]) is not Categorical:
+        return False
+    return msg["infer"].get("num_samples") is None and not msg["infer"].get("expand")
 
 
 @contextmanager

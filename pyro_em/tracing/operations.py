@@ -24,7 +24,7 @@ _STRIDED = torch.strided
 
 _OF_TRANSFORMS = ("_inv", "_cached_x_y")  # what a transform remembers of its use
 
-_MADE, HELD, PARAMETER = "made of numbers", "held by the model", "value of a parameter"
+MADE, HELD, PARAMETER = "made of numbers", "held by the model", "value of a parameter"
 
 _OPTIONS = (torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 
@@ -119,6 +119,10 @@ class OperationLog:
         """Note that a tensor, made aside, is the value of a parameter."""
         self._origin[_storage(tensor)] = (PARAMETER, parameter)
 
+    def make(self, tensor: Tensor, form: Hashable) -> None:
+        """Note that a tensor, made aside, holds numbers that its form tells."""
+        self._origin[_storage(tensor)] = (MADE, form)
+
     def _shared(self, note: tuple[Any, ...]) -> tuple[Any, ...]:
         """A note, or the earlier one that it equals: the steps of a long run are alike.
 
@@ -139,11 +143,11 @@ class OperationLog:
             known = -back if 0 < back < _NEAR else known
         elif is_fresh and not isinstance(known, str):
             # Such memory is soon given back and used again: what was known of it says nothing.
-            known = self._origin[at] = (_MADE, checksum(tensor))
+            known = self._origin[at] = (MADE, checksum(tensor))
         else:
             if known is None:
                 known = self._origin[at] = (HELD, checksum(tensor))
-            if self.reading is not None and known[0] not in (_MADE, PARAMETER):
+            if self.reading is not None and known[0] not in (MADE, PARAMETER):
                 self.reading.note(tensor)
         laid = (tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad)
         if len(self.entries) < _NEAR:  # see `_shared`
@@ -185,7 +189,7 @@ class OperationLog:
             steps: How many operations that is after the one for the site before.
         """
         self._end = end
-        plates = tuple((f.name, f.dim, f.size, f.counter) for f in site["cond_indep_stack"])
+        plates = tuple([(f.name, f.dim, f.size, f.counter) for f in site["cond_indep_stack"]])
         weights = self._other(site["mask"]), self._other(site["scale"])
         noted = bool(site["is_observed"]), plates, *weights, self._distribution(site["fn"])
         noted = self._shared(noted)
@@ -215,6 +219,8 @@ class OperationLog:
         if kind in _NUMBERS:
             note = (kind, value)
             return note if len(self.entries) < _NEAR else self._shared(note)
+        if value is None or kind is torch.Size:  # whose numbers are all whole
+            return value
         if isinstance(value, Tensor):
             return self.origin(value)
         if isinstance(value, (list, tuple)):

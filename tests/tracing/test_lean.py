@@ -13,11 +13,13 @@ from pyro import poutine
 from pyro.poutine.markov_messenger import MarkovMessenger
 from torch import Tensor
 
-from pyro_em.tracing.allocation import Overspent
+from pyro_em.tracing.allocation import Overspent, size_guard
+from pyro_em.tracing.calls import CallLog
 from pyro_em.tracing.dependences import Reading
 from pyro_em.tracing.handlers import SpendLittle
 from pyro_em.tracing.lean import EnumTrace, LeanTrace, WatchingTrace
 from pyro_em.tracing.operations import OperationLog
+from pyro_em.tracing.parameters import ParameterCapture
 
 K = torch.tensor([[0.7, 0.3], [0.2, 0.8]])
 PARALLEL = {"enumerate": "parallel"}
@@ -71,13 +73,27 @@ def two_side_by_side() -> None:
                 pyro.sample(f"x_{name}_{t}", dist.Categorical(K[z]), obs=torch.zeros(2))
 
 
-MODELS = [plain_chain, of_second_order, nested, branching, two_side_by_side]
+def of_other_kinds() -> None:
+    """Values that are not those of a Categorical along a dimension of its own, and one that is seen."""
+    a = pyro.sample("a", dist.Categorical(K), infer={**PARALLEL, "expand": True})
+    b = pyro.sample("b", dist.Bernoulli(0.5 + 0.1 * a), infer=PARALLEL)
+    c = pyro.sample("c", dist.Categorical(K[b.long()]), infer=PARALLEL)
+    with pyro.plate("rows", 2, dim=-1):
+        pyro.sample("d", dist.Categorical(torch.ones(4)[c.unsqueeze(-1) + torch.arange(3)]))
+        e = pyro.sample("e", dist.OneHotCategorical(K[c]), infer=PARALLEL)
+        pyro.sample("f", dist.Categorical(K[e[..., 0].long()]), obs=torch.tensor([0, 1]))
+        pyro.sample("g", dist.Categorical(K[c]).mask(c > 0), infer=PARALLEL)
+
+
+MODELS = [plain_chain, of_second_order, nested, branching, two_side_by_side, of_other_kinds]
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.__name__)
 def test_dimensions_and_scopes_are_those_of_pyro(model: Callable[[], None]) -> None:
+    torch.manual_seed(0)
     with poutine.trace() as own, poutine.enum(first_available_dim=-2):
         model()
+    torch.manual_seed(0)
     with EnumTrace(first_available_dim=-2) as lean:
         model()
     assert list(own.trace.nodes) == list(lean.trace.nodes)
@@ -87,9 +103,45 @@ def test_dimensions_and_scopes_are_those_of_pyro(model: Callable[[], None]) -> N
             k: v for k, v in other.items() if k not in ("infer", "fn", "value")
         }
         assert torch.equal(site["value"], other["value"])
+        assert _is_whole_support(site) == _is_whole_support(other), name
         one, two = dict(site["infer"]), dict(other["infer"])
         assert dict(one.pop("_markov_scope", {})) == dict(two.pop("_markov_scope", {})), name
         assert one == two, name
+
+
+def _is_whole_support(site: Any) -> bool:
+    """Whether a Categorical knows its values at once."""
+    return getattr(site["value"], "_pyro_categorical_support", None) == id(site["fn"])
+
+
+def test_a_value_that_the_model_writes_is_its_own() -> None:
+    with EnumTrace(first_available_dim=-1) as lean:
+        for i in range(3):
+            z = latent(f"z_{i}", 0)
+            if i == 1:
+                z += 5
+    values = [lean.trace.nodes[f"z_{i}"]["value"].reshape(-1).tolist() for i in range(3)]
+    assert values == [[0, 1], [5, 6], [0, 1]]
+
+
+@pytest.mark.parametrize("kind", [OperationLog, CallLog])
+def test_values_of_steps_are_noted_alike_and_told_apart_by_their_form(kind: Any) -> None:
+    def notes(*sizes: int) -> Any:
+        log = kind([], Reading(lambda: None, (), {}))
+        tracer = EnumTrace(-1, capture=ParameterCapture(log=log))
+        tracer.aside, tracer.made = tracer.capture.quietly, log.make  # type: ignore[union-attr]
+        with log.noting(10**6) if kind is CallLog else size_guard(10**6, log), tracer:
+            for i, size in enumerate(sizes):
+                probs = torch.ones(size)
+                z = pyro.sample(f"z_{i}", dist.Categorical(probs), infer=PARALLEL)
+                (z + 1)
+        assert log.reading is not None
+        assert not log.reading.finished(()).memory  # values are none of what the model reads
+        assert kind is OperationLog or log.is_complete
+        return log.finished()
+
+    assert notes(3, 3) == notes(3, 3) != notes(3, 2)
+    assert not any("arange" in str(note[0]) or "clone" in str(note[0]) for note in notes(3, 3))
 
 
 def test_nothing_of_pyro_is_changed_outside_a_run() -> None:
