@@ -99,17 +99,19 @@ def is_close(a: Tensor, b: Tensor) -> bool:
 def is_rounding(difference: Tensor, t: Tensor) -> bool:
     """Whether a tensor's differences are no larger than rounding at the size of its largest element."""
     off, eps = _largest(difference), 1e3 * torch.finfo(t.dtype).eps
-    # An element of a few rows mostly is large enough to see it.
-    longest = max(range(t.dim()), key=lambda d: t.shape[d], default=None)
-    if longest is not None and off <= eps * _largest(
-        t.narrow(longest, 0, min(_ROWS, t.shape[longest]))
-    ):
-        return True
+    if t.numel() > _ROWS:
+        # An element of a few rows mostly is large enough to see it.
+        longest = max(range(t.dim()), key=lambda d: t.shape[d])
+        few = min(_ROWS, t.shape[longest])
+        if off <= eps * _largest(t.narrow(longest, 0, few)):
+            return True
     return off <= eps * _largest(t)
 
 
 def _largest(t: Tensor) -> float:
     """The size of a tensor's largest element, without a copy of it."""
+    if t.numel() == 1:  # as at each step of a loop
+        return abs(float(t))
     low, high = t.aminmax()
     return float(torch.maximum(-low, high))
 

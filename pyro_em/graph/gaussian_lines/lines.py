@@ -48,6 +48,17 @@ class Read:
         out: bytes = self.elements.detach().cpu().to(torch.int64).numpy().tobytes()
         return out
 
+    @cached_property
+    def is_in_order(self) -> bool:
+        """Whether the rows read the elements 0, 1, 2, …"""
+        return is_in_order(self.elements)
+
+    def rows_of(self, values: Tensor) -> Tensor:
+        """The elements that rows read, zero where there is none. # (elements, q) to (rows, q)"""
+        if len(self.elements) == len(values) and self.is_in_order:
+            return values
+        return values[self.elements.clamp(min=0)] * (self.elements >= 0).unsqueeze(-1)
+
 
 @dataclass(frozen=True, eq=False)
 class Line:
@@ -150,7 +161,7 @@ def means_at(
         coefficient = read.coefficient.evaluate(parameters).detach()
         rows = values[read.latent].detach().reshape(-1, coefficient.shape[-1])
         rows = rows.to(coefficient.dtype)
-        reads.append((coefficient, _read(rows, read.elements)))
+        reads.append((coefficient, read.rows_of(rows)))
     first, rest = (line.sizes[0], math.prod(line.sizes[1:])) if line.sizes else (1, 1)
     own = offset.shape[1 + len(line.sizes) :].numel() * rest
     step = max(1, cells // max(own, 1)) if cells and reads else first
@@ -170,13 +181,6 @@ def _fits(t: Tensor, into: Tensor) -> bool:
     if t.dtype != into.dtype or t.dim() != into.dim():
         return False
     return all(own in (1, size) for own, size in zip(t.shape, into.shape, strict=True))
-
-
-def _read(values: Tensor, elements: Tensor) -> Tensor:
-    """The elements that rows read, zero where there is none. # (rows, q)"""
-    if len(elements) == len(values) and is_in_order(elements):
-        return values
-    return values[elements.clamp(min=0)] * (elements >= 0).unsqueeze(-1)
 
 
 def _part_of(t: Tensor, part: slice, sizes: tuple[int, ...]) -> Tensor:
