@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_em.posteriors.filters import alike_means, kalman_steps
+from pyro_em.posteriors.filters import alike_means, kalman_moments, kalman_steps
 from pyro_em.posteriors.filters.constant_scans import ConstantScans
 from pyro_em.posteriors.filters.kalman import lagged_covariance
 from pyro_em.posteriors.filters.kalman_alike import smoothed
@@ -227,3 +227,15 @@ def test_fixed_points() -> None:
         covariance = Q + A @ covariance @ np.linalg.inv(np.eye(3) + J @ covariance) @ A.T
     np.testing.assert_allclose(found.information, information, rtol=1e-11, atol=1e-12)
     np.testing.assert_allclose(found.covariance, covariance, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("radius, noise", [(0.9, 0.0), (0.0, 1.0)])
+def test_states_without_noise_or_memory_go_step_by_step(radius: float, noise: float) -> None:
+    """No later data tell of a state that keeps nothing, and one without noise has no steady spread."""
+    space = walk(noise, T=300, radius=radius)
+    space = replace(space, value=torch.sin(torch.arange(300.0).double()).reshape(1, -1, 1))
+    expected = kalman_moments.smoothed_by_moments(space)
+    found = kalman_steps.smoothed(space)
+    assert torch.allclose(found.log_evidence, expected.log_evidence, rtol=1e-12)
+    assert torch.allclose(found.mean, expected.mean, atol=1e-12)
+    assert torch.allclose(found.covariance, expected.covariance, atol=1e-12)

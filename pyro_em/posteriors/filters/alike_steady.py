@@ -166,7 +166,10 @@ class Steady:
         most = float(spread.max())
         left = eye - later.dot(P)
         end = np.linalg.solve(left, later)
-        back = _SAME / (float(end.diagonal().dot(per)) * most)
+        known = float(end.diagonal().dot(per)) * most
+        if not known > 0.0:  # states without noise, or that no later data tell of
+            return None
+        back = _SAME / known
         least = float(np.maximum(spread, 1e-4 * most).min())
         fore = _SAME * least / float(initial.sum() + spread.sum())
         while True:
