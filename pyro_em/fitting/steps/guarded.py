@@ -93,6 +93,7 @@ class Guarded:
         self.remembers = remembers
         self._begin(program)
         self.doubts: list[Disagreement] = []
+        self.quick: OnSums | None = None
         self.start_over()
 
     def _begin(self, program: Program) -> None:
@@ -109,7 +110,9 @@ class Guarded:
 
     def start_over(self) -> None:
         """Take quick steps, whatever happened to earlier ones."""
-        self.quick: OnSums | None = on_sums(self.program, self.data)
+        known = self.quick
+        if known is None or (known.program, known.data) != (self.program, self.data):
+            self.quick = on_sums(self.program, self.data)
         self.handovers = 0.0
         self.far: TooFar | None = None
 
