@@ -17,7 +17,7 @@ from pyro_em.densities.pairs import products
 from pyro_em.densities.ridge import are_read_elsewhere, may_be_ridge
 from pyro_em.distributions import bounds
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.updates.regressions.designs import Designs
+from pyro_em.updates.regressions.designs import Designs, read_columns
 from pyro_em.updates.update import LeastSquares, Newton, ParameterUpdate
 
 _FEW = 2**16  # numbers from which on the same of all rows is held once
@@ -109,7 +109,7 @@ def common_covariates(parts: Designs, without: int | None = None) -> tuple[Tenso
     """
     if not parts:
         return None
-    reads = {id(own): (own != 0).any(0) for _, own in parts}
+    reads = {id(own): read_columns(own) for _, own in parts}
     first = next((own for _, own in parts if bool(reads[id(own)].any())), parts[0][1])
     read = reads[id(first)]
     x = first if bool(read.all()) else first[:, read]

@@ -252,13 +252,16 @@ def as_lines(
         assert isinstance(update, ClosedForm)
         least = least.clamp(min=update.floor)
     which = torch.stack([c for c, _ in parts]).expand(K, -1)
-    y = (group.value - once_each(offset)).to(torch.float64).movedim(lead, 0)
+    known = once_each(offset)
+    y = group.value - known if bool(known.any()) else group.value  # which many rows have no copy of
+    y = y.to(torch.float64).movedim(lead, 0)
     y = y.reshape(len(y), -1)
-    noise = 8 * torch.finfo(loc.constant.dtype).eps * float(y.abs().max())
-    y = y[:1] if bool(((y - y[:1]).abs() <= noise).all()) else y.contiguous()
+    if len(y) > 1:
+        noise = 8 * torch.finfo(loc.constant.dtype).eps * float(y.abs().max())
+        y = y[:1].clone() if bool(((y - y[:1]).abs() <= noise).all()) else y
     return Lines(
         by_row(x, sizes, rows),
-        y,
+        y.contiguous(),
         which,
         tuple(held(p, values) for p in block),
         scale,

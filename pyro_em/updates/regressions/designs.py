@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_em.graph.bindings.binding import Binding
 from pyro_em.graph.bindings.jacobian import Jacobian
+from pyro_em.pieces import pieces
 
 _MANY_CELLS = 256
 
@@ -58,7 +59,7 @@ def designs_of(
         out = []
         for k in range(whole.shape[1]):
             one = whole[:, k]
-            columns = (one != 0).flatten(0, -2).any(0).nonzero().reshape(-1)
+            columns = read_columns(one).nonzero().reshape(-1)
             out.append((columns, one[..., columns].contiguous()))
     _known[binding] = ((tuple(block), event), out)
     return out
@@ -89,11 +90,21 @@ def _cell_by_cell(
         if not (out and is_shared and is_alike):
             each_whole = [j.value if is_alike else j.dense for j in own]
             whole = each_whole[0] if len(own) == 1 else torch.cat(each_whole, -1)
-            used = (whole != 0).flatten(0, -2).any(0)
+            used = read_columns(whole)
             whole = whole if bool(used.all()) else whole[..., used]
             narrow = whole.reshape(-1, *shape[len(shape) - event :], whole.shape[-1])
         out.append((columns[used], narrow))
     return out
+
+
+def read_columns(whole: Tensor) -> Tensor:
+    """Which columns of a design hold any number but zero. # (columns,) from (*rows, columns)"""
+    used = torch.zeros(whole.shape[-1], dtype=torch.bool, device=whole.device)
+    for (part,) in pieces(whole.flatten(0, -2)):
+        if part.shape[-1] != len(used):  # few rows of many columns are cut along these
+            return (whole != 0).flatten(0, -2).any(0)
+        used |= (part != 0).any(0)
+    return used
 
 
 def design(binding: Binding, name: str, value: Tensor) -> Tensor:
