@@ -55,7 +55,7 @@ def program(seed: int) -> tuple[BlockLayout, list[SiteNumbers]]:
 
 
 # Leaves of one and of many sizes, some of them around the core; cores of one and of many blocks.
-SEEDS = [-1, 4, 7, 19, 21, 46, 51, 59, 82, 93, 106, 115, 138]
+SEEDS = [-1, 7, 19, 46, 51, 82, 106, 138]
 
 
 @pytest.mark.parametrize("way", ["plain", "from rows", "whole core", "in places"])
@@ -70,7 +70,7 @@ def test_random_programs_with_leaves_are_the_dense_joint(
         monkeypatch.setattr(leaf_factors, "_is_dense", lambda x: False)
         monkeypatch.setattr(leaf_factors, "_AT_ONCE", 1)
     monkeypatch.setattr("tests.posteriors.test_linear_gaussian.program_of", program)
-    for seed in SEEDS if way == "plain" else SEEDS[::6]:
+    for seed in SEEDS if way == "plain" else SEEDS[::4]:
         assert program(seed)[0].leaves
         check_moments(seed)
         check_reads(seed)
@@ -270,7 +270,7 @@ def test_a_fit_with_leaves_is_that_of_the_dense_block(monkeypatch: pytest.Monkey
             monkeypatch.setattr(gaussian_layout, "core_of", lambda *a: frozenset())
         pyro.clear_param_store()
         em = ExactPosteriorEM(mixed)
-        result = em.fit(*data, max_steps=8, tol=0)
+        result = em.fit(*data, max_steps=5, tol=0)
         q = em.posterior(*data)
         own = [q.mean("u"), q.mean("v"), q.covariance("u"), q.covariance("w"), q.covariance("v")]
         errors = result.standard_errors()
