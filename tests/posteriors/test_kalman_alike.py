@@ -127,6 +127,7 @@ LONG: dict[str, Callable[[], StateSpace]] = {
     "slower than the series": lambda: walk(1e-3),
     "near a unit root": lambda: walk(1e-3, radius=0.9999),
     "a first state that is never forgotten": lambda: walk(1e-6, T=100, radius=0.9),
+    "data that say nothing": lambda: chain(deviation=1e10),
     "many numbers": lambda: chain(22, 70, n=8, D=3),
 }
 

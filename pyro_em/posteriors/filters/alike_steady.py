@@ -246,8 +246,8 @@ def _twice(
 
 
 def _after(yes: NDArray[np.bool_]) -> int:
-    """How many there are up to the last one that is so."""
-    return int(np.flatnonzero(yes)[-1]) + 1
+    """How many there are up to the last one that is so; one at least."""
+    return 1 + int(np.flatnonzero(yes).max(initial=0))
 
 
 @dataclass(frozen=True, eq=False)
