@@ -170,6 +170,18 @@ class Series:
         if known.form != loop.form:
             raise NotVectorized(f"loop '{loop.name}' differs from run to run")
 
+    def carried_on(self, name: str) -> list[str]:
+        """The sites that one of all later steps is where the step after it reads it, by their names."""
+        place = self.places.get(name)
+        if place is None or place.shift != self.loops[place.loop].history:
+            return []
+        stem = (place.loop, place.before, place.after)
+        return [
+            n
+            for n, p in self.places.items()
+            if n != name and p.shift is not None and (p.loop, p.before, p.after) == stem
+        ]
+
     def require_ends(self) -> None:
         """Refuse a loop that was left before its end."""
         left = [n for n in self._met if n not in self.loops]

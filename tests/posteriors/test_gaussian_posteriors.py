@@ -660,7 +660,11 @@ def test_without_observations_the_moments_follow_the_recurrences_of_the_prior() 
         for j in range(4):
             close(q.covariance(f"x_{i}", f"x_{j}"), np.full(2, covariance[i, j]))
     close(q.marginal("x_3").variance, np.full(2, covariance[3, 3]))
-    assert q.sample(3) == {} and q.mode() == {}  # nothing depends on what is drawn
+    best, draws = q.mode(), q.sample(20_000, seed=0)
+    for i in range(4):
+        close(best[f"x_{i}"], np.full(2, mean[i]))
+    drawn = draws["x_*"].flatten(1)  # (4, draws · 2)
+    assert np.allclose(torch.cov(drawn), covariance, atol=0.04 * covariance.max())
 
 
 def forecast(y: list[Tensor | None]) -> None:
@@ -683,7 +687,7 @@ def test_steps_beyond_the_data_are_forecasts() -> None:
     close(q.covariance("h_0", "h_3"), covariance[0, 3])
     close(q.mean("y_3"), mean[3])
     close(q.covariance("y_3"), covariance[3, 3] + 0.16)
-    assert set(q.sample(2)) == {"h_0", "h_1"}
+    assert set(q.sample(2)) == {"h_0", "h_1", "h_2", "y_2", "h_3", "y_3"}
 
 
 def test_copies_answer_for_latents_without_observations() -> None:

@@ -199,6 +199,43 @@ def test_latents_that_no_observation_depends_on_have_the_moments_of_their_prior(
     torch.testing.assert_close(q.covariance("w_*"), 4 * q.covariance("h_*") + 0.16)
 
 
+def test_a_slope_that_only_the_next_level_reads_is_a_latent_of_every_step() -> None:
+    """Also that of the last step, which nobody reads: it has the moments of its prior given others."""
+
+    def model(loop: Loop, y: Tensor) -> None:
+        level, slope = torch.zeros(()).double(), torch.zeros(()).double()
+        for t in loop("time", len(y)):
+            mean = level + slope
+            slope = pyro.sample(f"slope_{t}", dist.Normal(0.9 * slope, positive("s", 0.3)))
+            level = pyro.sample(f"level_{t}", dist.Normal(mean, positive("q", 0.5)))
+            pyro.sample(f"y_{t}", dist.Normal(level, positive("r", 0.9)), obs=y[t])
+
+    y, found = noise(12, seed=11), []
+    for loop in (vectorized_markov, over_integers):
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(model)
+        plan, q = em.plan(loop, y), em.posterior(loop, y)
+        assert plan.notes == ()
+        moments = [f(n) for f in (q.mean, q.covariance) for n in ("level_*", "slope_*")]
+        found.append((q.log_evidence, *moments))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-10)
+
+
+def test_a_chain_that_no_observation_reads_is_a_chain_of_its_prior() -> None:
+    def model(loop: Loop, y: Tensor) -> None:
+        h = w = torch.zeros(()).double()
+        for t in loop("time", len(y)):
+            h = pyro.sample(f"h_{t}", dist.Normal(h, positive("q", 0.7)))
+            w = pyro.sample(f"w_{t}", dist.Normal(w, 1.0))
+            pyro.sample(f"y_{t}", dist.Normal(h, positive("r", 0.9)), obs=y[t])
+
+    q = ExactPosteriorEM(model).posterior(vectorized_markov, noise(9))
+    torch.testing.assert_close(q.mean("w_*"), torch.zeros(9).double())
+    torch.testing.assert_close(q.covariance("w_*"), torch.arange(1.0, 10.0).double())
+    assert q.sample(2)["w_*"].shape == (9, 2)
+
+
 def test_what_is_not_linear_is_said_by_the_names_of_its_sites() -> None:
     def model(loop: Loop, y: Tensor) -> None:
         h: Any = torch.zeros(()).double()

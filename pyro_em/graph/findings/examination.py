@@ -45,6 +45,7 @@ from pyro_em.graph.structure import Plate, Structure
 from pyro_em.graph.unregistered import unregistered
 from pyro_em.tracing.allocation import NumbersNeeded, is_shadow, judging_shadows
 from pyro_em.tracing.feasible import feasible_event
+from pyro_em.tracing.loops import current_series
 from pyro_em.tracing.missing import has_missing
 from pyro_em.tracing.randomness import random_state, set_random_state
 from pyro_em.tracing.runs import Model, Run, provenance_run
@@ -304,12 +305,21 @@ def _plates(
 def _barren(
     factors: Mapping[str, Any], scopes: Mapping[str, frozenset[str]], max_enumeration: int
 ) -> tuple[str, ...]:
-    """Unobserved sites that reach no observation and cannot be enumerated with their parents."""
+    """Unobserved sites that reach no observation and cannot be enumerated with their parents.
+
+    Over index tensors a latent of all later steps reaches what the step after it reads: that of the
+    last step alone integrates to one, and may as well be summed with the others.
+    """
     needed: set[str] = set()
-    latents = latents_in(factors)
-    for name in reversed(list(factors)):  # the model's order is topological
-        if name in needed or name not in latents:
-            needed |= {name} | scopes[name]
+    latents, series = latents_in(factors), current_series.get()
+    carried = {n: series.carried_on(n) for n in latents} if series is not None else {}
+    more: set[str] = set(factors) - set(latents)
+    while more:
+        needed |= more
+        for name in reversed(list(factors)):  # the model's order is topological
+            if name in needed:
+                needed |= scopes[name]
+        more = {n for n, own in carried.items() if n not in needed and not needed.isdisjoint(own)}
 
     def is_cheap(name: str) -> bool:
         supports = [support_size_of(factors[z]["fn"]) or 1 for z in {name} | scopes[name]]

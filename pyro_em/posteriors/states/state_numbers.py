@@ -292,7 +292,7 @@ class _Filled:
     @property
     def tensor(self) -> Tensor:
         """# (cells · chains|1, …)"""
-        return self.flat.reshape(-1, *self.shape[2:])
+        return self.flat.reshape(math.prod(self.shape[:2]), *self.shape[2:])
 
 
 def _whitened(number: StackNumbers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
