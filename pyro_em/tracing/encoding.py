@@ -139,7 +139,11 @@ def _decoded_record(state: Mapping[str, Any]) -> Any:
     cls: Any = next((c for c in found if c is not None), None)
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise NotPlain(f"a record of {state[_RECORD]}, which this version does not have")
-    return cls(**{k: decoded(v) for k, v in state["fields"].items()})
+    derived = {f.name for f in dataclasses.fields(cls) if f.metadata == DERIVED}
+    fields = {k: v for k, v in state["fields"].items() if k not in derived}
+    if not fields.keys() <= {f.name for f in dataclasses.fields(cls)}:
+        raise NotPlain(f"a record of {state[_RECORD]} with fields of another version")
+    return cls(**{k: decoded(v) for k, v in fields.items()})
 
 
 def _places(module: str) -> Iterator[str]:

@@ -13,6 +13,7 @@ import stat
 import time
 from pathlib import Path
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -20,6 +21,7 @@ import torch
 from torch.distributions import constraints
 
 from pyro_em import ExactPosteriorEM, FileError, PyroEMError, UsageError
+from pyro_em.posteriors.chain_sums.state_steps import AtTheta
 from pyro_em.tracing import checkpoint as saving
 from pyro_em.tracing.encoding import NotPlain, decoded, encoded
 from pyro_em.updates.sums.model_sums import ModelSums, PlainSums
@@ -367,6 +369,16 @@ def test_records_that_files_name_by_an_earlier_module_are_read() -> None:
         assert read.groups[0].sums["weight"].item() == 3.0
     with pytest.raises(NotPlain, match="does not have"):
         decoded({"record of": "pyro_em.updates.running_sums:Other", "fields": {}})
+
+
+def test_what_a_record_of_another_version_holds_besides_is_made_again_or_refused() -> None:
+    """An E-step that was kept with its parameters is made again; another field stands for something."""
+    old = {"record of": "pyro_em.posteriors.state_steps:Solved", "fields": {"space": 1}}
+    fields = {"theta": encoded(np.arange(2.0)), "others": {}, "expectation": [old]}
+    at = decoded({"record of": "pyro_em.posteriors.state_steps:AtTheta", "fields": fields})
+    assert isinstance(at, AtTheta) and at.theta.tolist() == [0.0, 1.0] and at.expectation == []
+    with pytest.raises(NotPlain, match="fields of another version"):
+        decoded(old)
 
 
 def test_a_file_of_the_first_version_loads(tmp_path: Path) -> None:

@@ -251,7 +251,11 @@ def _point_of(em: Guarded, state: Mapping[str, Any] | None) -> Point | None:
 def _sums_of(em: Guarded, state: Mapping[str, Any]) -> SumsPoint:
     steps = on_sums(em.program, em.data)
     assert steps is not None  # the fingerprint of the fit names what iterates
-    at, expectation = decoded(state["at"]), decoded(state["expectation"])
+    at = decoded(state["at"])
+    try:
+        expectation = decoded(state["expectation"])
+    except NotPlain:  # an earlier version's, which held other numbers
+        expectation = None
     if expectation is None:
         with torch.inference_mode():
             expectation = steps.expectation(at)

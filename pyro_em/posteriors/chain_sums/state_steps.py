@@ -36,6 +36,7 @@ from pyro_em.posteriors.continuous.gaussian_steps import for_updates
 from pyro_em.posteriors.filters.kalman import log_evidence
 from pyro_em.posteriors.filters.state_space import Smoothed, SmoothedArrays
 from pyro_em.posteriors.states.gaussian_chain import GaussianChain
+from pyro_em.tracing.encoding import DERIVED
 from pyro_em.updates.expectations.statistics import Expectation
 from pyro_em.updates.regressions.expansion import centred_latents
 from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, ParameterUpdate
@@ -66,7 +67,7 @@ class AtTheta:
 
     theta: Numbers
     others: Values
-    expectation: list[Solved] = field(default_factory=list)
+    expectation: list[Solved] = field(default_factory=list, metadata=DERIVED)
 
 
 @dataclass(frozen=True, eq=False)
