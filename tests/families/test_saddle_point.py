@@ -15,6 +15,7 @@ from torch.distributions import constraints
 from pyro_em import ExactPosteriorEM
 from pyro_em.errors import DataError
 from pyro_em.families.registry import family_of, given_arguments
+from pyro_em.families.saddle_point import excess
 
 
 def T(value: object) -> Tensor:
@@ -43,6 +44,24 @@ def test_a_density_of_large_numbers(fn: dist.Distribution, x: Tensor, exact: flo
     found = float(family.log_prob(x, given_arguments(fn, family)))
     # A simplex is rounded when it is written down: n = 1e10 times the last digit.
     assert found == pytest.approx(exact, abs=2e-6 if isinstance(fn, dist.Dirichlet) else 2e-9)
+
+
+EXCESS = [
+    (0.5, -1.4189385332046727),
+    (3.0, -0.39731031455561624),
+    (15.9, 0.45898062152766407),
+    (16.1, 0.46529578423217604),
+    (20.0, 0.57476128388032583),
+    (30.0, 0.77888248269665225),
+    (100.0, 1.382813229233738),
+    (1e4, 3.6862233194500881),
+]
+
+
+def test_what_is_left_of_a_gamma_function_by_either_of_its_ways() -> None:
+    """a log a − a − log Γ(a), as it stands below sixteen and by Stirling's series from there on."""
+    a, exact = T(EXCESS).unbind(1)
+    torch.testing.assert_close(excess(a), exact, rtol=1e-13, atol=1e-14)
 
 
 def test_small_numbers_and_ends_of_the_compound_families() -> None:
