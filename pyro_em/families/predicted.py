@@ -46,14 +46,18 @@ Data = tuple[Tensor, ...]
 class PredictedForm:
     """A log density as a function of one predictor for each of its arguments.
 
-    Attributes: data: What it reads of values. links: What makes each argument of its predictor, by its
-    name in `pyro_em.graph.bindings.binding.LINKS`. at: From these and predictors to the density with
-    its derivatives. shape: The argument that is a dispersion; empty for none. limit: What the density
-    becomes as that runs off, for a message. spread: A spread, and the location that it is about, where
-    the density has no bound as the spread goes to zero on equal data. largest: The shape beyond which
-    data have no noise but rounding, and the density no bound. of_features: What it reads of expected
-    features of the family's linear form, where that is all it needs: of latents that are integrated. #
-    (*cells, P) to the same as ``data``
+    Attributes:
+        data: What it reads of values.
+        links: What makes each argument of its predictor, by its name in
+            `pyro_em.graph.bindings.binding.LINKS`.
+        at: From these and predictors to the density with its derivatives.
+        shape: The argument that is a dispersion; empty for none.
+        limit: What the density becomes as that runs off, for a message.
+        spread: A spread, and the location that it is about, where the density has no bound as the
+            spread goes to zero on equal data.
+        largest: The shape beyond which data have no noise but rounding, and the density no bound.
+        of_features: What it reads of expected features of the family's linear form, where that is all
+            it needs: of latents that are integrated. # (*cells, P) to the same as ``data``
     """
 
     data: Callable[[Tensor], Data]

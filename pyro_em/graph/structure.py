@@ -60,26 +60,36 @@ class SiteInfo:
 class Structure(Portable):
     """The skeleton of a model: everything but numbers.
 
-    Attributes: plates: All vectorised plates by name. sites: All sites with a density, in model order,
-    barren ones excluded. latents: Names of the latents to be summed exactly. barren: Unobserved sites
-    without observed descendants, which integrate to one, and their distributions. max_plate_nesting:
-    Number of dimensions that belong to plates. parameters: The parameters that the model read.
-    masked_pairs: For each ``obs_mask`` site the user's name -> its mask. random_plates: Plates with
-    random subsampling. kept_values: Values of the barren sites, which nothing that counts depends on.
-    sequential: Sizes of the plates that are loops. notes: Warnings in words. unobserved: The unobserved
-    sites as the plain run traced them. edges: Pairs (parent, child): the child's distribution uses the
-    value of the parent. unchecked: Whether the run had no numbers, so that no distribution checked its
-    arguments. coupled: Per latent whose elements in a plate are read by other elements, where.
-    unregistered: Tensors that require gradients, reach a density and are no parameters. looked: The
-    sites of the provenance run, which an enumerated run has to agree with; None where it has no
-    numbers, or once they have been compared. by_numbers: Whether something of it was found out by
-    looking at numbers: whether elements that an operation could mix are coupled, what a latent does
-    that was read as a number of Python, that a latent is masked everywhere. Where an ``obs_mask`` is
-    False is in ``masked_pairs``. passing: Sites that only carry values from step to step, and do not
-    count. series: How its loops are read over index tensors
-    (`pyro_em.graph.vectorised_loops.series.Unrolling`), where they are. lines: Sites whose mean is
-    bound apart, as it reads Gaussian latents. joined: Latents outside plates whose values the model may
-    take together once they are enumerated: that run has to agree with plain ones at several of them.
+    Attributes:
+        plates: All vectorised plates by name.
+        sites: All sites with a density, in model order, barren ones excluded.
+        latents: Names of the latents to be summed exactly.
+        barren: Unobserved sites without observed descendants, which integrate to one, and their
+            distributions.
+        max_plate_nesting: Number of dimensions that belong to plates.
+        parameters: The parameters that the model read.
+        masked_pairs: For each ``obs_mask`` site the user's name -> its mask.
+        random_plates: Plates with random subsampling.
+        kept_values: Values of the barren sites, which nothing that counts depends on.
+        sequential: Sizes of the plates that are loops.
+        notes: Warnings in words.
+        unobserved: The unobserved sites as the plain run traced them.
+        edges: Pairs (parent, child): the child's distribution uses the value of the parent.
+        unchecked: Whether the run had no numbers, so that no distribution checked its arguments.
+        coupled: Per latent whose elements in a plate are read by other elements, where.
+        unregistered: Tensors that require gradients, reach a density and are no parameters.
+        looked: The sites of the provenance run, which an enumerated run has to agree with; None
+            where it has no numbers, or once they have been compared.
+        by_numbers: Whether something of it was found out by looking at numbers: whether elements
+            that an operation could mix are coupled, what a latent does that was read as a number of
+            Python, that a latent is masked everywhere. Where an ``obs_mask`` is False is in
+            ``masked_pairs``.
+        passing: Sites that only carry values from step to step, and do not count.
+        series: How its loops are read over index tensors, where they are
+            (`pyro_em.graph.vectorised_loops.series.Unrolling`).
+        lines: Sites whose mean is bound apart, as it reads Gaussian latents.
+        joined: Latents outside plates whose values the model may take together once they are
+            enumerated: that run has to agree with plain ones at several of them.
     """
 
     plates: Mapping[str, Plate]
