@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.densities.density import checked, scattered
-from pyro_em.densities.features import Cells, Lookup, cells
+from pyro_em.densities.features import Cells, cells
 from pyro_em.densities.layout import Layout
 from pyro_em.densities.theta import At, Theta
 from pyro_em.errors import Finding
@@ -32,6 +32,7 @@ from pyro_em.posteriors.chains.chain_shape import ChainShape, shape_of_chain, wh
 from pyro_em.posteriors.chains.chain_weights import sequence_weights
 from pyro_em.posteriors.chains.sequence_block import SequenceBlock
 from pyro_em.posteriors.chains.step_groups import StepGroups, mask_of
+from pyro_em.posteriors.chains.symbols import Symbols
 from pyro_em.posteriors.messages.forward_backward import smooth, wants_lanes
 from pyro_em.posteriors.quick import Outline
 from pyro_em.updates.expectations.statistics import (
@@ -56,6 +57,8 @@ class Chain(SequenceBlock):
         K: Its number of states.
         fixed: T(x) of the transitions, where no argument changes it and they are not linear.
         often: How often each sequence counts; once where None. # (B,)
+        symbols: What is seen, where it is symbols alone.
+        weight: How much each transition counts: masked ones do not. # (B or 1, T - 1 or 1)
     """
 
     graph: FactorGraph
@@ -69,7 +72,9 @@ class Chain(SequenceBlock):
     component: Component = field(init=False)
     theta: Theta = field(init=False)
     columns: Tensor = field(init=False)
-    symbols: Lookup | None = field(init=False)
+    B: int = field(init=False)
+    symbols: Symbols | None = field(init=False)
+    weight: Tensor | None = field(init=False)
 
     name: ClassVar[str] = "chain"
     words: ClassVar[str] = "chain kernel, by forward and backward messages"
@@ -120,23 +125,13 @@ class Chain(SequenceBlock):
         return cls(graph, couples, transitions, of_steps, T, K, fixed, often)
 
     def __post_init__(self) -> None:
+        self.B = self.of_steps.B
         parts = self.of_steps.columns
         parts += [] if self.transitions is None else [self.transitions.columns]
         device = self.graph.groups[0].value.device
         self.columns = torch.cat([torch.empty(0, dtype=torch.long, device=device), *parts])
-        self.symbols = self._only_symbols()
-
-    def _only_symbols(self) -> Lookup | None:
-        """The symbols of a chain that has nothing else but an initial distribution."""
-        own = self.of_steps
-        whole = [g for g, steps in own.steps.items() if steps is None]
-        if len(whole) != 1 or whole[0] not in own.lookups or self.often is not None:
-            return None
-        rest = [g for g in own.steps if g != whole[0]]
-        plain = all(
-            g in own.cells and own.first[g] and self.graph.groups[g].mask is None for g in rest
-        )
-        return own.lookups[whole[0]] if plain else None
+        self.symbols = None if self.often is not None else Symbols.of(self.of_steps, self.T, self.K)
+        self.weight = self._weight()
 
     def e_step(self, at: At) -> Expectation:
         """Evidence and sums at some parameters.
@@ -144,33 +139,50 @@ class Chain(SequenceBlock):
         Raises:
             Handover: If a step's mass underflows or vanishes, or was lost.
         """
-        couples, K, often = self.graph.groups[self.couples], self.K, self.often
-        features = self.of_steps.features(at)  # both halves of the E-step need them
-        if self.symbols is None:
-            log_l = self._log_likelihood(at, features)
-            tops = log_l.amax(0)
-            likelihood = log_l.sub_(tops).exp_().permute(2, 1, 0)
-            top = tops.sum() if often is None else (tops * often).sum()
-        else:
-            likelihood, top = self._likelihood_of_symbols(at, self.symbols)
-        gamma, xi, log_evidence = smooth(
-            likelihood, self._transition(at), self._weight(), self.often
-        )
-        mass = gamma.permute(2, 1, 0)  # (K, T, B)
-        weighted = mass if often is None else mass * often
+        eta = None if at.natural is None else at.natural.eta
         sums: dict[Key, Statistics] = {}
-        entries, gain = self.of_steps.sums(at, features, lambda _: weighted, sums)
+        if self.symbols is not None and eta is not None:
+            likelihood, top = self.symbols.likelihood(eta)
+            gamma, xi, log_evidence = smooth(likelihood, self._transition(at, eta), self.weight)
+            entries = self.symbols.counts(gamma)
+        else:
+            features = self.of_steps.features(at)  # both halves of the E-step need them
+            likelihood, top = self._likelihood(at, features)
+            transition = self._transition(at, eta)
+            gamma, xi, log_evidence = smooth(likelihood, transition, self.weight, self.often)
+            entries, gain = self._sums(at, features, gamma, sums)
+            top = top + gain
         if self.transitions is not None:
             entries.append(self.transitions.counts(xi.reshape(-1)))
         else:  # the mask is in the weights already
+            couples, K = self.graph.groups[self.couples], self.K
             counts = xi.reshape(1, *(1,) * couples.n_plates, K, K)
             arguments = at.arguments[self.couples]
             sums[self.couples] = group_sums(couples, counts, arguments, self.fixed, masked=True)
-        log_evidence = log_evidence.to(top) + top + gain
-        evidence = checked(log_evidence, gamma, float(self.B * self.T)) + self.of_steps.base
+        evidence = checked(log_evidence.to(top) + top, gamma, float(self.B * self.T))
         if entries:
-            sums[NATURAL] = {"features": scattered(at.eta, self.columns, entries)}
-        return Expectation(evidence, sums)
+            assert eta is not None
+            sums[NATURAL] = {"features": scattered(eta, self.columns, entries)}
+        return Expectation(evidence + self.of_steps.base, sums)
+
+    def _likelihood(self, at: At, features: Mapping[int, object]) -> tuple[Tensor, Tensor]:
+        """Likelihoods over their maxima, and the sum of the maxima's logarithms. # (B, T, K)"""
+        log_l = self._log_likelihood(at, features)
+        tops = log_l.amax(0)
+        top = tops.sum() if self.often is None else (tops * self.often).sum()
+        return log_l.sub_(tops).exp_().permute(2, 1, 0), top
+
+    def _sums(
+        self,
+        at: At,
+        features: Mapping[int, object],
+        gamma: Tensor,
+        sums: dict[Key, Statistics],
+    ) -> tuple[list[Tensor], Tensor | float]:
+        """Sums of the groups beside transitions; see `StepGroups.sums`."""
+        mass = gamma.permute(2, 1, 0)  # (K, T, B)
+        weighted = mass if self.often is None else mass * self.often
+        return self.of_steps.sums(at, features, lambda _: weighted, sums)
 
     def _log_likelihood(self, at: At, features: Mapping[int, object]) -> Tensor:
         """Log densities that read one state, summed per step. # (K, T, B)"""
@@ -180,33 +192,16 @@ class Chain(SequenceBlock):
         assert out is not None
         return out
 
-    def _likelihood_of_symbols(self, at: At, symbols: Lookup) -> tuple[Tensor, Tensor]:
-        """Likelihoods over their maxima, and the sum of the maxima's logarithms. # (B, T, K)"""
-        table = symbols.table(at.eta)
-        tops = table.amax(1, keepdim=True)
-        likelihood = symbols.rows((table - tops).exp_())
-        top = torch.dot(symbols.often, tops.squeeze(1))
-        if self.of_steps.cells:  # the initial distribution
-            first = symbols.index[: self.B]
-            row = table.index_select(0, first)
-            for cell in self.of_steps.cells.values():
-                row = row + cell.table(at.eta)
-            own = row.amax(1, keepdim=True)
-            likelihood[: self.B] = (row - own).exp_()
-            top = top + (own - tops.index_select(0, first)).sum()
-        return likelihood.reshape(self.T, self.B, self.K).permute(1, 0, 2), top
-
-    def _transition(self, at: At) -> Tensor:
+    def _transition(self, at: At, eta: Tensor | None) -> Tensor:
         """Transition probabilities. # (K, K)"""
-        if self.transitions is not None:
-            return self.transitions.table(at.eta).exp_().reshape(self.K, self.K)
+        if self.transitions is not None and eta is not None:
+            return self.transitions.table(eta).exp_().reshape(self.K, self.K)
         couples = self.graph.groups[self.couples]
         assert couples.family is not None
         log_a = couples.family.log_prob(couples.value, at.arguments[self.couples])
         return log_a.reshape(self.K, self.K).to(torch.float64).exp()
 
     def _weight(self) -> Tensor | None:
-        """How much each transition counts: masked ones do not. # (B or 1, T - 1 or 1)"""
         couples, often = self.graph.groups[self.couples], self.often
         weight = None if often is None else often.unsqueeze(1)
         if couples.mask is None:

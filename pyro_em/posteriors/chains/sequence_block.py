@@ -20,19 +20,16 @@ class SequenceBlock(QuickBlock):
 
     Attributes:
         of_steps: Groups that read the state of one step or none.
+        B: Sequences.
     """
 
     of_steps: StepGroups
+    B: int
 
     @property
     def normals(self) -> Mapping[int, NormalRows]:  # type: ignore[override]
         """Normal groups that are evaluated by matrix products."""
         return self.of_steps.normals
-
-    @property
-    def B(self) -> int:
-        """Sequences."""
-        return self.of_steps.B
 
     @cached_property
     def per_sequence(self) -> PerSequence | None:

@@ -70,6 +70,7 @@ class StepChain(SequenceBlock):
     component: Component = field(init=False)
     theta: Theta = field(init=False)
     columns: Tensor = field(init=False)
+    B: int = field(init=False)
     locals: tuple[Locals, ...] = field(init=False)
     absent: tuple[tuple[Label, Tensor], ...] = field(init=False)
 
@@ -128,6 +129,7 @@ class StepChain(SequenceBlock):
         return cls(graph, shape, of_steps, stages, often)
 
     def __post_init__(self) -> None:
+        self.B = self.of_steps.B
         shape = self.shape
         parts = self.of_steps.columns
         parts += [columns for own in self.stages for columns in own.columns]

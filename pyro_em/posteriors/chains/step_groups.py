@@ -55,6 +55,7 @@ class StepGroups:
         plates: Sizes of the chain's plates.
         lanes: Whether sequences are to be the last dimension in memory.
         fixed: T(x) of groups whose family evaluates them, where no argument changes it.
+        B: Sequences.
     """
 
     graph: FactorGraph
@@ -72,6 +73,7 @@ class StepGroups:
     lookups: Mapping[int, Lookup] = field(init=False)
     first: Mapping[int, bool] = field(init=False)
     base: float = field(init=False)
+    B: int = field(init=False)
 
     @classmethod
     def of(
@@ -137,6 +139,7 @@ class StepGroups:
         )
 
     def __post_init__(self) -> None:
+        self.B = math.prod(self.plates)
         self.first = {
             g: s is not None and len(s) == 1 and int(s) == 0 for g, s in self.steps.items()
         }
@@ -147,11 +150,6 @@ class StepGroups:
         }
         self.base = sum(k.base for k in self.known.values())
         self.base += sum(float(c.base.sum()) for c in self.linear.values())
-
-    @property
-    def B(self) -> int:
-        """Sequences."""
-        return math.prod(self.plates)
 
     @property
     def columns(self) -> list[Tensor]:
