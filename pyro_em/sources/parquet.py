@@ -188,7 +188,7 @@ def _files_of(paths: Any) -> tuple[Path, ...]:
             )
         )
     out: list[Path] = []
-    for path in map(Path, several):
+    for path in (Path(os.path.expanduser(p)) for p in several):
         inside = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
         if not inside:
             raise FileError(

@@ -24,6 +24,21 @@ class MissingFile(FileError, FileNotFoundError):
     """There is no such file or folder."""
 
 
+def at_home(path: str | os.PathLike[str]) -> Path:
+    """A path in which ``~`` at the beginning stands for the user's home folder, as in a shell.
+
+    Args:
+        path: A file or folder.
+
+    Example:
+        >>> at_home("~/fit.pt") == Path.home() / "fit.pt"
+        True
+        >>> at_home("a~/fit.pt").parts
+        ('a~', 'fit.pt')
+    """
+    return Path(os.path.expanduser(path))
+
+
 def write_whole(path: str | Path, content: bytes) -> None:
     """Put ``content`` into a file, synced to the disk; the old file stays until it is complete.
 
@@ -43,7 +58,7 @@ def write_whole(path: str | Path, content: bytes) -> None:
         ...     [p.name for p in Path(folder).iterdir()]
         ['x']
     """
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(at_home(path)))
     _check_target(path, target)
     # Not named after the file, whose name may be as long as a name can be.
     temporary = target.with_name(f".pyro_em-{secrets.token_hex(6)}.tmp")
@@ -66,7 +81,7 @@ def check_writable(path: str | Path) -> None:
     Raises:
         FileError: As `write_whole`.
     """
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(at_home(path)))
     _check_target(path, target)
     if not os.access(target.parent, os.W_OK):
         raise _refusal(path, target, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
@@ -79,13 +94,15 @@ def read_whole(path: str | Path) -> bytes:
         FileError: If there is no such file, or it cannot be read.
     """
     try:
-        return Path(path).read_bytes()
+        return at_home(path).read_bytes()
     except FileNotFoundError as error:
         raise MissingFile(
             message(f"file '{path}'", "it does not exist.", fixes=["check the path"])
         ) from error
     except OSError as error:
-        what = "it is a folder" if Path(path).is_dir() else f"it cannot be read: {error.strerror}"
+        what = (
+            "it is a folder" if at_home(path).is_dir() else f"it cannot be read: {error.strerror}"
+        )
         raise FileError(
             message(f"file '{path}'", f"{what}.", fixes=["give a file that save wrote"])
         ) from error

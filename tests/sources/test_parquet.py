@@ -33,6 +33,12 @@ def columns(rows: int, seed: int) -> dict[str, Any]:
     }
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path, "a.parquet", columns(3, 0))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Chunks.parquet("~/a.parquet", ["a"]).total == 3
+
+
 def test_chunks_go_across_row_groups_and_files(tmp_path: Path) -> None:
     tables = [columns(rows, rows) for rows in (11, 3, 9)]
     paths = [written(tmp_path, f"{i}.parquet", t) for i, t in enumerate(tables)]

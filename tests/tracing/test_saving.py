@@ -63,6 +63,24 @@ def fitted(tmp_path: Path) -> tuple[ExactPosteriorEM, Path]:
 # ------------------------------------------------------------------ writing
 
 
+def test_a_tilde_is_the_home_folder(
+    fitted: tuple[ExactPosteriorEM, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    em, _ = fitted
+    home, work = tmp_path / "home", tmp_path / "work"
+    home.mkdir()
+    work.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(work)
+    em.save("~/kept.pt")
+    values = in_store()
+    em.fit(X, max_steps=1, tol=0, progress=False, checkpoint="~/run.pt")
+    em.load(Path("~/kept.pt"))
+    assert agrees(values)
+    assert sorted(p.name for p in home.iterdir()) == ["kept.pt", "run.pt"]
+    assert not list(work.iterdir())
+
+
 def test_a_killed_save_leaves_the_last_good_file(tmp_path: Path) -> None:
     path = tmp_path / "fit.pt"
     em = ExactPosteriorEM(wide)

@@ -12,7 +12,6 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ import torch
 from pyro_em.errors import FileError, UsageError, message, warn
 from pyro_em.reduction.reduction import Reduction, Whole
 from pyro_em.tracing.checkpoint import checksum, content_of, damage_of
-from pyro_em.tracing.files import check_writable, read_whole, write_whole
+from pyro_em.tracing.files import at_home, check_writable, read_whole, write_whole
 
 FORMAT = "pyro_em checkpoint 2"
 
@@ -56,7 +55,7 @@ class CheckpointFile:
         over: Reduction[Any] = _ALONE,
         rank: int = 0,
     ) -> None:
-        self.path, self.every, self.raises = Path(path), every, raises
+        self.path, self.every, self.raises = at_home(path), every, raises
         self.over, self.rank = over, rank
         self._steps, self._has_told, self._has_read_back = 0, False, False
         self._ended, self._cost = time.perf_counter(), _FIRST
