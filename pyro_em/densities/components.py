@@ -12,7 +12,7 @@ nothing is computed twice. Everything else about a Gaussian is solved by
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -49,32 +49,82 @@ class Components:
 
 
 @dataclass(frozen=True, eq=False)
-class Owned:
-    """The parameters of one Gaussian group.
+class OwnedForm:
+    """Which parameters one Gaussian group has, whatever its data are.
 
     Attributes:
-        rule: The group's rows.
         family: Its record.
         loc: Name of the parameter that is the mean.
         spread: Name of the parameter that is the spread.
         shapes: Shapes of the two.
         dtypes: Dtypes of the two.
         shared: Whether all components have one spread.
-        least: The smallest clear variance. # (K or 1, D) or (D,)
         floor: The smallest eigenvalue of a matrix that the user asked for; 0 for none.
         is_factor: Whether the spread's parameter is a factor A of covariances A Aᵀ.
     """
 
-    rule: Gaussian
     family: Family
     loc: str
     spread: str
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     dtypes: tuple[torch.dtype, torch.dtype]
     shared: bool
+    floor: float
+    is_factor: bool
+
+    def on(
+        self,
+        rule: Gaussian,
+        graph: FactorGraph,
+        updates: Mapping[str, ParameterUpdate],
+        values: Values,
+    ) -> Owned:
+        """The parameters of the group on some data.
+
+        Args:
+            rule: Its rows.
+            graph: The collapsed graph.
+            updates: Collapsed updates.
+            values: Parameter values, for their shapes.
+        """
+        update = updates[self.spread]
+        assert isinstance(update.update, ClosedForm)
+        magnitude = data_magnitude(update, graph, values[self.spread]).to(torch.float64)
+        if rule.diagonal:
+            spreads = 1 if self.shared else rule.K
+            least = (1e-6 * magnitude).square().reshape(spreads, rule.x.shape[0])
+        else:
+            least = 1e-12 * magnitude.square()
+        return Owned(
+            self.family,
+            self.loc,
+            self.spread,
+            self.shapes,
+            self.dtypes,
+            self.shared,
+            self.floor,
+            self.is_factor,
+            rule,
+            least.clamp(min=update.update.floor),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Owned(OwnedForm):
+    """The parameters of one Gaussian group.
+
+    Attributes:
+        rule: The group's rows.
+        least: The smallest clear variance. # (K or 1, D) or (D,)
+    """
+
+    rule: Gaussian
     least: Tensor
-    floor: float = 0.0
-    is_factor: bool = False
+
+    @property
+    def form(self) -> OwnedForm:
+        """The same without its data."""
+        return OwnedForm(**{f.name: getattr(self, f.name) for f in fields(OwnedForm)})
 
     @property
     def params(self) -> tuple[str, str]:
@@ -252,20 +302,14 @@ def owned(
         return None
     update = exact[1]
     assert isinstance(update, ClosedForm) and group.family is not None
-    magnitude = data_magnitude(updates[spread], graph, values[spread]).to(torch.float64)
-    if rule.diagonal:
-        least = (1e-6 * magnitude).square().reshape(spreads[0], D)
-    else:
-        least = 1e-12 * magnitude.square()
-    return Owned(
-        rule,
+    form = OwnedForm(
         group.family,
         loc,
         spread,
         (tuple(values[loc].shape), tuple(values[spread].shape)),
         (values[loc].dtype, values[spread].dtype),
         spreads[0] == 1,
-        least.clamp(min=update.floor),
         0.0 if rule.diagonal else update.floor,
         is_factor,
     )
+    return form.on(rule, graph, updates, values)

@@ -120,6 +120,11 @@ class Gaussian:
             self.stored = self._features(self.x)
 
     @property
+    def form(self) -> GaussianForm:
+        """The same without its data."""
+        return GaussianForm(self.diagonal, self.spread, self.K, self.scalar, self.lead)
+
+    @property
     def limit(self) -> float:
         """How large a term of the expanded square may be."""
         return _LIMIT.get(self.x.dtype, 1e3)
@@ -283,6 +288,35 @@ class Gaussian:
         return {name: t.reshape(*(1,) * self.lead, *t.shape) for name, t in statistics.items()}
 
 
+@dataclass(frozen=True)
+class GaussianForm:
+    """What a `Gaussian` is whatever its data are; the attributes are the same as there."""
+
+    diagonal: bool
+    spread: str
+    K: int
+    scalar: bool
+    lead: int
+
+    def on(self, value: Tensor, known: Centre | None = None) -> Gaussian:
+        """The rows of some data.
+
+        Args:
+            value: The data of a group. # (members, *sizes or 1s, *event)
+            known: Their centre, where they are a part of all data.
+        """
+        x = value.reshape(math.prod(value.shape[: self.lead]), -1)
+        mean = x.mean(0, dtype=torch.float64) if known is None else known.mean
+        centre = mean.to(x.dtype)
+        rows = x.new_empty(x.shape[1], x.shape[0])
+        for begin in range(0, len(x), _BLOCK):  # what is transposed stays in the cache
+            end = begin + _BLOCK
+            torch.sub(x[begin:end].T, centre.unsqueeze(-1), out=rows[:, begin:end])
+        reach2 = None if known is None else known.reach2
+        own = (self.diagonal, self.spread, self.K, self.scalar, self.lead)
+        return Gaussian(rows, centre.to(torch.float64), *own, reach2)
+
+
 def as_gaussian(group: Group, K: int, all_data: AllData | None = None) -> Gaussian | None:
     """The rule of Gaussian sites whose arguments differ between components only, or None.
 
@@ -294,37 +328,17 @@ def as_gaussian(group: Group, K: int, all_data: AllData | None = None) -> Gaussi
     if group.family is None or not group.observed or group.elements is not None:
         return None
     lead = 1 + group.n_plates
-    value = group.value
-    rows = count_of_rows(group)
-    if rows is None:
+    if count_of_rows(group) is None:
         return None
-    event = value.shape[lead + 1 :]
-    centre = None if all_data is None else all_data.centres.get(group.members[0])
+    event = group.value.shape[lead + 1 :]
+    form: GaussianForm | None = None
     if group.family.name == "MultivariateNormal" and len(event) == 1 and not group.event_dims:
         spread = next(n for n in group.arguments if n != "loc")
-        if spread not in ("covariance_matrix", "scale_tril"):
-            return None
-        return _centred(value.reshape(rows, -1), False, spread, K, False, lead, centre)
-    if group.family.name == "Normal" and len(event) == group.event_dims <= 1:
-        scalar = group.event_dims == 0
-        return _centred(value.reshape(rows, -1), True, "scale", K, scalar, lead, centre)
-    return None
-
-
-def _centred(
-    x: Tensor,
-    diagonal: bool,
-    spread: str,
-    K: int,
-    scalar: bool,
-    lead: int,
-    known: Centre | None,
-) -> Gaussian:
-    mean = x.mean(0, dtype=torch.float64) if known is None else known.mean
-    centre = mean.to(x.dtype)
-    rows = x.new_empty(x.shape[1], x.shape[0])
-    for begin in range(0, len(x), _BLOCK):  # what is transposed stays in the cache
-        end = begin + _BLOCK
-        torch.sub(x[begin:end].T, centre.unsqueeze(-1), out=rows[:, begin:end])
-    reach2 = None if known is None else known.reach2
-    return Gaussian(rows, centre.to(torch.float64), diagonal, spread, K, scalar, lead, reach2)
+        if spread in ("covariance_matrix", "scale_tril"):
+            form = GaussianForm(False, spread, K, False, lead)
+    elif group.family.name == "Normal" and len(event) == group.event_dims <= 1:
+        form = GaussianForm(True, "scale", K, group.event_dims == 0, lead)
+    if form is None:
+        return None
+    centre = None if all_data is None else all_data.centres.get(group.members[0])
+    return form.on(group.value, centre)

@@ -20,6 +20,7 @@ from pyro_em.families.family import has_sums
 from pyro_em.graph.bindings.useful import may_be_affine
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.stretches import LaterTuple
+from pyro_em.graph.told_by_selections import told_by_selections
 from pyro_em.posteriors.arrangement import Arrangement, arranged
 from pyro_em.posteriors.block import Component, components_of
 from pyro_em.posteriors.chain_sums.state_steps import chain_sums
@@ -29,6 +30,7 @@ from pyro_em.posteriors.continuous.collapsed import collapsed_rows
 from pyro_em.posteriors.continuous.conjugate_rows import conjugate_rows
 from pyro_em.posteriors.continuous.factor_rows import factor_rows
 from pyro_em.posteriors.independent import Independent
+from pyro_em.posteriors.mixtures.kept_mixtures import keep_mixture, known_mixture
 from pyro_em.posteriors.mixtures.mixture import Mixture
 from pyro_em.posteriors.mixtures.product_rows import ProductRows
 from pyro_em.posteriors.quick import QuickBlock, QuickSteps, SumsBlock
@@ -169,6 +171,10 @@ def kernel_of(
         rows: QuickSteps | None = chains or factor_rows(graph, updates, values)
         rows = rows or collapsed_rows(graph, updates) or conjugate_rows(graph, updates, values)
         return gaussian_kernel(graph, block=rows)
+    told = told_by_selections(graph)
+    known = None if told is None else known_mixture(told, graph, updates, values)
+    if known is not None:
+        return Kernel(known.name, None, known, (known.latents,), words=known.words)
     parts = components_of(graph)
     finding = needs_more_than_sums(graph, updates)
     if finding is not None:
@@ -181,6 +187,8 @@ def kernel_of(
     for kind in BLOCKS:
         found = kind.match(whole)
         if not isinstance(found, Finding):
+            if told is not None and isinstance(found, Mixture):
+                keep_mixture(told, graph, found)
             return Kernel(found.name, None, found, parts, words=found.words)
         said.append(found)
     return Kernel(CONTRACTION, _reason(graph, whole.latents, said), None, parts)

@@ -80,7 +80,8 @@ def later_kernel(
 
     def kernel() -> Kernel:
         if not found:
-            found.append(kernel_of(graph, updates, values_of(graph.parameters)))
+            values = {name: p.leaf.detach() for name, p in graph.parameters.items()}
+            found.append(kernel_of(graph, updates, values))
         return found[0]
 
     return kernel

@@ -2,7 +2,8 @@
 
 `mixture` is the kernel and the file to read first. `rows` recognises such a graph and counts rows that
 are equal (`equal_rows`), `row_factors` holds the factors that rows read, `responsibilities` the
-posterior of the cells, and `per_row` the evidence of each row by itself. With several latents in a row
+posterior of the cells, and `per_row` the evidence of each row by itself; `kept_mixtures` keeps what was
+decided for later data. With several latents in a row
 `product_states` makes them one state, which `product_rows` sums.
 
 May import: `block`, `quick` and `contraction` of this wing, and what is below the wing. To add a kernel

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_em.distributions import broadcast_shape
 from pyro_em.families.forms import Kind
-from pyro_em.graph.bindings.binding import Selection
+from pyro_em.graph.bindings.binding import Selection, is_in_order
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.pieces import PIECE
 from pyro_em.updates.update import ParameterUpdate
@@ -115,10 +115,15 @@ def _largest(magnitude: Callable[[Tensor], Tensor], value: Tensor, like: Tensor)
     return out
 
 
-def _events(index: Tensor, event: int, size: int, n_events: int) -> Tensor:
-    """Which event of a parameter each cell of an argument reads; ``n_events`` where none."""
+def _events(index: Tensor, event: int, size: int, n_events: int) -> tuple[Tensor, bool]:
+    """Which event of a parameter each cell of an argument reads; ``n_events`` where none.
+
+    Returns:
+        The events, and whether they are 0, 1, 2, … # (*cells)
+    """
     first = index if event == 0 else index.flatten(index.dim() - event).min(-1).values
-    return torch.where(first >= 0, first // size, n_events)
+    out = torch.where(first >= 0, first // size, n_events)
+    return out, out.numel() == n_events and is_in_order(out)
 
 
 def data_magnitude(update: ParameterUpdate, graph: FactorGraph, value: Tensor) -> Tensor:
@@ -140,12 +145,14 @@ def data_magnitude(update: ParameterUpdate, graph: FactorGraph, value: Tensor) -
         selection, asked = use.natural, (data_magnitude, event, size, n_events)
         if asked not in selection.remembered:
             selection.remembered[asked] = _events(selection.index, event, size, n_events)
-        first: Tensor = selection.remembered[asked]
+        first, in_order = selection.remembered[asked]
         # The unit of a multiple is no matter of the data.
         magnitude = _none if use.is_multiple else group.family.magnitude
         x = _largest(magnitude, group.value.detach(), first)
         features = x.shape[first.dim() :]
         batch = broadcast_shape(first.shape, x.shape[: first.dim()])
+        if in_order and batch == first.shape and len(update.uses) == 1:
+            return x.expand(*batch, *features).reshape(n_events, *features)
         row = first.expand(batch).reshape(-1)
         x = x.expand(*batch, *features).reshape(len(row), *features)
         if out is None:
