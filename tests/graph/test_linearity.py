@@ -319,3 +319,17 @@ def test_what_helps_one_step_of_a_chain_is_said_once_for_all() -> None:
         ExactPosteriorEM(model).posterior()
     assert "(and 2 more alike, up to site 'h_2')" in str(refused.value)
     assert str(refused.value).count("Why:") == 1
+
+
+@pytest.mark.parametrize("what", ["loc", "scale"])
+def test_the_one_step_of_a_loop_that_hides_a_latent_is_named(what: str) -> None:
+    def model() -> None:
+        h = torch.zeros(())
+        for t in range(6):
+            h = pyro.sample(f"h_{t}", dist.Normal(h, 1.0))
+            secret = 0.1 * float(f"{h:.3f}") if t == 3 else 0.0
+            loc, scale = (h + secret, 1.0) if what == "loc" else (h, 1.0 + abs(secret))
+            pyro.sample(f"y_{t}", dist.Normal(loc, scale), obs=Y[t % N])
+
+    with pytest.raises(ModelError, match=r"site 'y_3'(.*\n)*.*that autograd does not show"):
+        ExactPosteriorEM(model).posterior()

@@ -98,7 +98,7 @@ def is_close(a: Tensor, b: Tensor) -> bool:
 
 def is_rounding(difference: Tensor, t: Tensor) -> bool:
     """Whether a tensor's differences are no larger than rounding at the size of its largest element."""
-    off, eps = _largest(difference), 1e3 * torch.finfo(t.dtype).eps
+    off, eps = _largest(difference), rounding(t.dtype)
     if t.numel() > _ROWS:
         # An element of a few rows mostly is large enough to see it.
         longest = max(range(t.dim()), key=lambda d: t.shape[d])
@@ -106,6 +106,11 @@ def is_rounding(difference: Tensor, t: Tensor) -> bool:
         if off <= eps * _largest(t.narrow(longest, 0, few)):
             return True
     return off <= eps * _largest(t)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """How large rounding may be, as a share of a tensor's largest element."""
+    return 1e3 * torch.finfo(dtype).eps
 
 
 def _largest(t: Tensor) -> float:
