@@ -36,7 +36,8 @@ def contraction_of(graph: FactorGraph, extra: Sequence[tuple[str, ...]] = ()) ->
     own: list[str | None] = [
         None if g.observed else name for g in graph.groups for name in g.members
     ]
-    sizes = {d: graph.dim_size(d) for ds in (*dims, *extra) for d in ds}
+    used = dict.fromkeys(d for ds in (*dims, *extra) for d in ds)
+    sizes = {d: graph.dim_size(d) for d in used}
     return plan_contraction(
         [*dims, *extra],
         {name: latent.plates for name, latent in graph.latents.items()},

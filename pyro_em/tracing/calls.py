@@ -368,5 +368,6 @@ class _Aside:
         if self._beneath is not None:
             self._beneath.__exit__(*exception)
         self.log.is_aside = False
-        if self._mode is not None:
-            _push_mode(self._mode)
+        mode, self._mode = self._mode, None
+        if mode is not None:
+            _push_mode(mode)

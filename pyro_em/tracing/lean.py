@@ -22,8 +22,8 @@ from torch import Tensor
 from pyro_em.tracing.parameters import ParameterCapture
 from pyro_em.tracing.sites import Role, is_latent, role_of
 
-Aside: TypeAlias = Callable[[], AbstractContextManager[None]]
-"""Opens a block whose operations are none of the model's."""
+Aside: TypeAlias = AbstractContextManager[None]
+"""A block whose operations are none of the model's, to be opened at any number of sites."""
 
 Met: TypeAlias = Callable[[dict[str, Any], Aside], None]
 """What is done with a site once it is traced, which it may change."""
@@ -121,14 +121,14 @@ class EnumTrace(LeanTrace, EnumMessenger):
         draws: A block in which each latent is drawn before it is enumerated, and Gaussian ones that
             have values are drawn for nothing but the random state; None for no draws.
         met: Called with each site of a distribution once it is traced; None for nothing.
-        aside: Opens a block whose operations are none of the model's.
+        aside: A block whose operations are none of the model's.
         made: Called there with a value that was made there, and its form; None for nothing.
     """
 
     made: Callable[[Tensor, tuple[Any, ...]], None] | None = None
-    draws: Callable[[], AbstractContextManager[None]] | None = None
+    draws: Aside | None = None
     met: Met | None = None
-    aside: Aside = nullcontext
+    aside: Aside = nullcontext()
 
     def __init__(
         self,
@@ -153,14 +153,14 @@ class EnumTrace(LeanTrace, EnumMessenger):
         if self.latents is not None:
             if name in self.latents and not msg["is_observed"]:
                 if self.draws is not None and not msg["done"] and msg["value"] is None:
-                    with self.draws():
+                    with self.draws:
                         msg["fn"](*msg["args"], **msg["kwargs"])
                 infer["enumerate"] = "parallel"
                 infer.pop("num_samples", None)
             else:
                 infer.pop("enumerate", None)
         if self.draws is not None and role_of(msg) is Role.GAUSSIAN:
-            with self.draws():
+            with self.draws:
                 _draw_as_at_first(msg)
         if infer.get("enumerate") != "parallel" or not _is_all_of_categorical(msg):
             _enumerate(self, msg)
@@ -178,7 +178,7 @@ class EnumTrace(LeanTrace, EnumMessenger):
             None if scope is None else set(self._param_dims[msg["name"]])
         )
         form = fn._num_events, dim, fn._param.device
-        with self.aside():
+        with self.aside:
             if form not in self._supports:
                 support = torch.arange(form[0], device=form[2])
                 self._supports[form] = support.reshape(-1, *(1,) * (-1 - dim))

@@ -149,10 +149,8 @@ class OperationLog:
                 known = self._origin[at] = (HELD, checksum(tensor))
             if self.reading is not None and known[0] not in (MADE, PARAMETER):
                 self.reading.note(tensor)
-        laid = (tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad)
-        if len(self.entries) < _NEAR:  # see `_shared`
-            return known, offset, laid
-        return self._shared((known, offset, self._shared(laid)))
+        shape, stride, dtype = tensor.shape, tensor.stride(), tensor.dtype
+        return self._shared((known, offset, shape, stride, dtype, tensor.requires_grad))
 
     def add_sites(self, sites: Mapping[str, Mapping[str, Any]]) -> None:
         """Note all sites of the run, which is over: their distributions, plates and weights, and

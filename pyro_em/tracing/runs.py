@@ -376,10 +376,10 @@ def enumerated_run(
     begins = begin is not None
     capture = ParameterCapture(values, begins, hand_out=not attached, log=log, begins=begins)
     tracer = EnumTrace(-1 - max_plate_nesting, latents, kept, capture)
-    tracer.met, tracer.aside = met, capture.quietly
+    tracer.met, tracer.aside = met, capture.quietly()
     tracer.made = None if log is None else log.make
     if begin is not None:
-        tracer.draws, keep_random_state = capture.quietly, begin.keep_random_state
+        tracer.draws, keep_random_state = tracer.aside, begin.keep_random_state
     before = store_as_it_is() if begins else None
     with (
         LeftWhole(),

@@ -22,7 +22,7 @@ def shared(*fns: Any) -> list[int]:
     """For each distribution the number of the one that stands for it."""
     share, sites = SharedDistributions(), [{"fn": fn} for fn in fns]
     for site in sites:
-        share(site, nullcontext)
+        share(site, nullcontext())
     return [next(i for i, fn in enumerate(fns) if fn is site["fn"]) for site in sites]
 
 

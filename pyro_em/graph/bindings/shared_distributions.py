@@ -39,16 +39,16 @@ class SharedDistributions:
 
         Args:
             site: The site, which is changed.
-            aside: Opens a block whose operations are none of the model's.
+            aside: A block whose operations are none of the model's.
         """
         fn = site["fn"]
-        if not isinstance(fn, Distribution):
+        if not isinstance(fn, Distribution) or _is_small(fn):
             return
         kind = type(fn), fn.batch_shape, fn.event_shape
         if kind not in self._first:
             self._first[kind] = fn
             return
-        with aside(), torch.no_grad():
+        with aside, torch.no_grad():
             first, self._first[kind] = self._first[kind], None
             if first is not None:
                 self._first_like(first)
@@ -75,3 +75,14 @@ class SharedDistributions:
         if len(alike) < _KINDS:
             alike.append((fn, numbers))
         return fn
+
+
+def _is_small(fn: Distribution) -> bool:
+    """Whether a distribution that holds no other is surely too small to be shared."""
+    sizes = {}
+    for held in vars(fn).values():
+        if isinstance(held, Tensor):
+            sizes[id(held)] = held.numel()
+        elif isinstance(held, (Distribution, list, tuple)) and type(held) is not torch.Size:
+            return False
+    return sum(sizes.values()) < _LEAST
