@@ -178,6 +178,7 @@ NOT: dict[str, Callable[[], StateSpace]] = {
     "few steps": lambda: chain(T=8),
     "growing unseen": lambda: replace(chain(radius=1.1), loading=torch.zeros(1, 1, 2, 2).double()),
     "not a number": lambda: replace(chain(), value=torch.full((1, 18, 2), torch.nan).double()),
+    "not a number in between": lambda: replace(chain(), drift=torch.nan * chain().drift),
     "too far away": lambda: chain(offset=1e14),
 }
 
@@ -211,8 +212,8 @@ def test_scans(n: int, steps: int) -> None:
     for t in range(1, scans.steps):
         forward[:, t] += forward[:, t - 1] @ F.T
         backward[:, -1 - t] += backward[:, -t] @ F
-    np.testing.assert_allclose(scans.forward(b), forward, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(scans.backward(b), backward, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(scans.forward(b.copy()), forward, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(scans.backward(b.copy()), backward, rtol=0, atol=1e-12)
 
 
 def test_fixed_points() -> None:
@@ -220,7 +221,7 @@ def test_fixed_points() -> None:
     A, G = space.transition[0, 1].numpy(), space.noise[0, 1].numpy()
     H = (space.loading[0, 0] / space.deviation[0, 0, :, None]).numpy()
     Q, J = G @ G.T, H.T @ H
-    found = endless(A, Q, J)
+    found = endless(A, Q, J, np.eye(3))
     assert found is not None
     information, covariance = J, Q
     for _ in range(2**found.doublings):

@@ -6,8 +6,7 @@ See `kalman_alike` for what it is and for the letters.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +23,9 @@ _PRECISE = 1e3  # how much data may tell of a state beside what is known without
 _VAGUE = 1e4  # the same of the first state, whose noise is its own
 _LOSS = 1e5  # how many times the errors of rounding those of results may be
 _SAME = 1e-16  # changes that are none
-_STEADY = 1e-12  # how near a fixed point has to be
+_STEADY = 1e-12  # how near a fixed point has to be found
+_FIXED = 1e-14  # how near is as near as rounding allows
+_AGAIN = 3  # steps of the recursion that may bring it so near
 
 
 class Numbers(NamedTuple):
@@ -32,8 +33,7 @@ class Numbers(NamedTuple):
 
     Attributes:
         A: # (n, n)
-        G: # (n, k)
-        first: G of the first step. # (n, k)
+        G: That of all steps but the first, and that of the first. # (2, n, k)
         loading: H. # (D, n)
         H: H/s. # (D, n)
         precise: 1/s. # (D,)
@@ -43,7 +43,6 @@ class Numbers(NamedTuple):
 
     A: _Floats
     G: _Floats
-    first: _Floats
     loading: _Floats
     H: _Floats
     precise: _Floats
@@ -58,26 +57,34 @@ class Numbers(NamedTuple):
     @classmethod
     def of(cls, space: StateSpace) -> Numbers | None:
         """Those of a state-space model; None if steps differ."""
-        shared = (space.transition, space.noise, space.loading, space.deviation)
-        if space.seen is not None or space.steps < _LEAST or any(x.shape[0] > 1 for x in shared):
+        if space.seen is not None:
             return None
-        u, v = space.dynamics.numpy(), space.measurement.numpy()
-        T = len(u)
-        if np.count_nonzero(u[1:] == u[1]) < T - 1 or np.count_nonzero(v == v[0]) < T:
+        A, drift, G, u, H, s, v, value = _arrays(space)
+        if len(u) < _LEAST or not (_is_one(u[1:]) and _is_one(v)):
             return None
-        A, G, H, s, value, drift = (
-            (x.detach() if x.requires_grad else x).numpy()
-            for x in (*shared, space.value, space.drift)
-        )
-        A, G, H, s = A[0], G[0], H[0], s[0]
-        if not G.shape[-1]:
+        if len(A) > 1 or len(G) > 1 or len(H) > 1 or len(s) > 1 or not G.shape[-1]:
             return None
-        own, w = H[v[0]], 1.0 / s[v[0]]
-        return cls(A[u[1]], G[u[1]], G[u[0]], own, own * w[:, None], w, value, drift)
+        other, own = int(u[1]), int(v[0])
+        loading, w = H[0, own], 1.0 / s[0, own]
+        G = G[0, [other, int(u[0])]]
+        return cls(A[0, other], G, loading, loading * w[:, None], w, value, drift)
 
 
-@dataclass(frozen=True, eq=False)
-class Steady:
+def _arrays(space: StateSpace) -> list[NDArray[Any]]:
+    """Its tensors in their order, but for the last one."""
+    tensors = list(vars(space).values())[:-1]
+    try:
+        return [x.numpy() for x in tensors]
+    except RuntimeError:  # outside of `torch.no_grad` nobody asks for derivatives here
+        return [x.detach().numpy() for x in tensors]
+
+
+def _is_one(x: _Ints) -> bool:
+    """Whether all numbers are the same."""
+    return x[1:].tobytes() == x[:-1].tobytes()
+
+
+class Steady(NamedTuple):
     """All steps as if an endless series of data followed.
 
     Attributes:
@@ -86,18 +93,18 @@ class Steady:
         transition: F. # (n, n)
         noise: C. # (n, n)
         covariance: P that P_t converges to. # (n, n)
-        left: I − N P. # (n, n)
         end: (N⁻¹ − P)⁻¹. # (n, n)
-        gain: (I + G'ΛG)⁻¹ G', from l to ε. # (k, n)
-        pull: (I + G'ΛG)⁻¹ G'ΛA, from the state before to ε. # (k, n)
+        gain: G (I + G'ΛG)⁻¹, by which ε, a row, follows from l. # (n, k)
+        pull: A'ΛG (I + G'ΛG)⁻¹, the same from the state before. # (n, k)
         first: (I + G'ΛG)⁻¹ of the first step. # (k, k)
-        sizes: Of the first step log det(I + G'ΛG), and of each other one.
+        sizes: log det(I + G'ΛG), that of each step but the first, and of the first one.
+        left: log det(I − N P).
         loss: How many times the errors of rounding those of results are.
         powers: Fᵏ. # (K, n, n)
-        next_power: Fᴷ. # (n, n)
-        covariances: P_k. # (K, n, n)
+        covariances: P_t up to the step from which they are alike. # (fore + 1|T, n, n)
         fore: After how many steps the first state makes no difference.
-        back: How many steps before the last one it makes none that no data follow.
+        back: How many steps before the last one it makes none that no data follow; there are twice as
+            many powers.
     """
 
     information: _Floats
@@ -105,15 +112,14 @@ class Steady:
     transition: _Floats
     noise: _Floats
     covariance: _Floats
-    left: _Floats
     end: _Floats
     gain: _Floats
     pull: _Floats
     first: _Floats
-    sizes: tuple[float, float]
+    sizes: list[float]
+    left: float
     loss: float
     powers: _Floats
-    next_power: _Floats
     covariances: _Floats
     fore: int
     back: int
@@ -121,137 +127,165 @@ class Steady:
     @classmethod
     def of(cls, numbers: Numbers) -> Steady | None:
         """From the numbers of the chains; None where digits would be lost."""
-        A, G = numbers.A, numbers.G
-        n, k = G.shape
-        J = numbers.H.T.dot(numbers.H)
-        found = endless(A, G.dot(G.T), J)
+        A, G, T = numbers.A, numbers.G, numbers.steps
+        n, J = len(A), numbers.H.T.dot(numbers.H)
+        eye = np.eye(n)
+        found = endless(A, G[0].dot(G[0].T), J, eye)
         if found is None:
             return None
-        whole, before = found.information, found.covariance
-        size = whole.diagonal()
-        told = float((size * before.diagonal()).max())
-        if not (told <= _PRECISE and float(size.min()) > 0.0):
+        size = found.information.diagonal()
+        told = max((size * found.covariance.diagonal()).tolist())
+        if not (told <= _PRECISE and min(size.tolist()) > 0.0):
             return None
-        eye = np.eye(n)
-        own = eye if k == n else np.eye(k)
-        toward = G.T.dot(whole)
-        root = np.linalg.inv(np.linalg.cholesky(own + toward.dot(G)))
-        half = G.dot(root.T)
-        noise, gain = half.dot(half.T), root.T.dot(half.T)
-        pull = gain.dot(whole.dot(A))
-        F = A - G.dot(pull)
-        later = F.T.dot(whole).dot(F) + pull.T.dot(pull)
-        later = (later + later.T) / 2
-        # One step more shows how near the fixed point is, and is nearer.
-        nearer, per = J + later, 1.0 / size
-        if not float(np.square(nearer - whole).dot(per).dot(per)) <= _STEADY**2:
+        fixed = _Fixed.of(A, G, J, found.information)
+        if fixed is None:
             return None
-        whole = nearer
-        toward = numbers.first.T.dot(whole)
-        first = np.linalg.inv(np.linalg.cholesky(own + toward.dot(numbers.first)))
-        widest = 1.0 + np.square(np.sqrt(size).dot(np.abs(numbers.first)))
-        vague = float((widest * np.square(first).sum(0)).max())
+        F, N = fixed.transition, fixed.later
+        first = fixed.roots[1].T.dot(fixed.roots[1])
+        widest = np.sqrt(size).dot(np.abs(G[1]))
+        vague = max(((1.0 + widest * widest) * first.diagonal()).tolist())
         if not vague <= _VAGUE:
             return None
-        start = numbers.first.dot(first.T)
-        P = np.linalg.solve(eye + before.dot(whole), before)
-        P = (P + P.T) / 2
-        sizes = tuple(-2 * float(np.log(x.diagonal()).sum()) for x in (first, root))
-        T = numbers.steps
-        room = max(min(1 << found.doublings, 1 << T.bit_length()), ConstantScans.least(n))
-        powers = _Powers.of(F, noise, start.dot(start.T), room)
+        # Given all earlier data, what is told by all later ones, and by a state's own alone.
+        Y, both = found.covariance, np.empty((2, n, n))
+        Y.dot(fixed.information, both[0])
+        Y.dot(J, both[1])
+        both += eye
+        P, filtered = np.linalg.solve(both, Y)
+        later, own = np.linalg.slogdet(both)[1].tolist()
+        half = fixed.half
+        C, start = half @ half.swapaxes(-1, -2)
+        P = F.dot(P).dot(F.T) + C
+        end = N + N.dot(filtered).dot(N)
         # Rows of Fᵏ in units of what is known of each state, and how small they have to be.
-        units = np.outer(size, per).reshape(-1)
-        spread, initial = P.diagonal() * size, powers.covariances[0].diagonal() * size
-        most = float(spread.max())
-        left = eye - later.dot(P)
-        end = np.linalg.solve(left, later)
+        per = 1.0 / size
+        spread, initial = (P.diagonal() * size).tolist(), (start.diagonal() * size).tolist()
+        most = max(spread)
         known = float(end.diagonal().dot(per)) * most
         if not known > 0.0:  # states without noise, or that no later data tell of
             return None
-        back = _SAME / known
-        least = float(np.maximum(spread, 1e-4 * most).min())
-        fore = _SAME * least / float(initial.sum() + spread.sum())
-        while True:
-            sizes_of = np.square(powers.powers.reshape(room, -1)).dot(units)
-            until = [min(T, _after(sizes_of > limit)) for limit in (fore, back)]
-            if room >= T or sum(until) < min(T, 2 * room):
-                break
-            powers, room = powers.doubled(), 2 * room
-        if sum(until) >= T:  # no step is like another
-            until = [T, T]
+        least = max(min(spread), 1e-4 * most)
+        limits = _SAME * least / (sum(initial) + sum(spread)), _SAME / known
+        units = (size[:, None] * per).reshape(-1)
+        powers, fore, back = _powers(F, units, limits, T, found.doublings)
         return cls(
-            whole,
-            later,
+            fixed.information,
+            N,
             F,
-            noise,
+            C,
             P,
-            left,
-            end,
-            gain,
-            pull,
-            first.T.dot(first),
-            cast(tuple[float, float], sizes),
+            (end + end.T) / 2,
+            fixed.gain,
+            fixed.pull,
+            first,
+            fixed.sizes,
+            own - later,
             max(1.0, told**1.5, vague),
-            powers.powers,
-            powers.next,
-            powers.covariances,
-            *until,
+            powers,
+            _covariances(powers[: min(fore + 1, T)], C, start),
+            fore,
+            back,
         )
 
 
-class _Powers(NamedTuple):
-    """Powers of F, and P_k = F P_{k−1} F' + C.
+class _Fixed(NamedTuple):
+    """What follows of Λ, with the next step of the recursion that it is fixed by.
 
     Attributes:
-        powers: Fᵏ. # (K, n, n)
-        next: Fᴷ. # (n, n)
-        covariances: # (K, n, n)
-        added: C + F C F' + … of K steps. # (n, n)
+        information: Λ. # (n, n)
+        later: N. # (n, n)
+        transition: F. # (n, n)
+        roots: R with R'R = (I + G'ΛG)⁻¹. # (2, k, k)
+        half: G R'. # (2, n, k)
+        gain: # (n, k)
+        pull: # (n, k)
+        sizes: log det(I + G'ΛG).
     """
 
-    powers: _Floats
-    next: _Floats
-    covariances: _Floats
-    added: _Floats
+    information: _Floats
+    later: _Floats
+    transition: _Floats
+    roots: _Floats
+    half: _Floats
+    gain: _Floats
+    pull: _Floats
+    sizes: list[float]
 
     @classmethod
-    def of(cls, F: _Floats, C: _Floats, first: _Floats, count: int) -> _Powers:
-        """From the first state's covariance; their number is a power of two."""
-        powers, covariances = np.empty((count, *F.shape)), np.empty((count, *F.shape))
-        powers[0], covariances[0], many = np.eye(len(F)), first, 1
-        while many < count:
-            F, C = _twice(powers, covariances, many, F, C)
-            many *= 2
-        return cls(powers, F, covariances, C)
+    def of(cls, A: _Floats, G: _Floats, J: _Floats, near: _Floats) -> _Fixed | None:
+        """From a Λ that is near; None if it is not.
 
-    def doubled(self) -> _Powers:
-        """Twice as many."""
-        many = len(self.powers)
-        powers, covariances = np.empty((2, 2 * many, *self.next.shape))
-        powers[:many], covariances[:many] = self.powers, self.covariances
-        F, C = _twice(powers, covariances, many, self.next, self.added)
-        return _Powers(powers, F, covariances, C)
-
-
-def _twice(
-    powers: _Floats, covariances: _Floats, many: int, F: _Floats, C: _Floats
-) -> tuple[_Floats, _Floats]:
-    """Writes as many more as there are, by F and C of so many steps, which it doubles, too."""
-    n, more = len(F), covariances[many : 2 * many]
-    np.matmul(powers[:many].reshape(-1, n), F, out=powers[many : 2 * many].reshape(-1, n))
-    np.matmul(F @ covariances[:many], F.T, out=more)
-    more += C
-    return F.dot(F), F.dot(C).dot(F.T) + C
-
-
-def _after(yes: NDArray[np.bool_]) -> int:
-    """How many there are up to the last one that is so; one at least."""
-    return 1 + int(np.flatnonzero(yes).max(initial=0))
+        A step of the recursion shows how near it is, and is nearer: it is done again where it is more
+        so than by rounding.
+        """
+        per, eye, Gt = 1.0 / near.diagonal(), np.eye(G.shape[-1]), G.swapaxes(-1, -2)
+        for _ in range(_AGAIN):
+            matrix = Gt @ near @ G
+            matrix += eye
+            roots = np.linalg.inv(np.linalg.cholesky(matrix))
+            half = G @ roots.swapaxes(-1, -2)
+            gain = half[0].dot(roots[0])
+            pull = A.T.dot(near.dot(gain))
+            F = A - G[0].dot(pull.T)
+            later = F.T.dot(near).dot(F) + pull.dot(pull.T)
+            later = (later + later.T) / 2
+            more = J + later
+            change = float(np.square(more - near).dot(per).dot(per))
+            near = more
+            if change <= _FIXED**2:
+                break
+        if not change <= _STEADY**2:
+            return None
+        sizes = [-2 * sum(map(math.log, x)) for x in roots.diagonal(0, 1, 2).tolist()]
+        return cls(near, later, F, roots, half, gain, pull, sizes)
 
 
-@dataclass(frozen=True, eq=False)
-class End:
+def _powers(
+    F: _Floats, units: _Floats, limits: tuple[float, float], T: int, doublings: int
+) -> tuple[_Floats, int, int]:
+    """Powers of F, and after how many their squares in these units are below the limits.
+
+    Args:
+        F: # (n, n)
+        units: # (n · n,)
+        limits: Of differences that the first state makes, and that the last one makes.
+        T: Steps.
+        doublings: 2 to the power of it, and one more, are about as many as are needed.
+
+    Returns:
+        The powers, twice as many as the second number at least. Both numbers are T where no step is
+        like another.
+    """
+    n = len(F)
+    room = max(min(2 << doublings, 1 << T.bit_length()), ConstantScans.least(n))
+    powers, many, far = np.empty((room, n, n)), 2, F.dot(F)
+    powers[0], powers[1] = np.eye(n), F
+    while True:
+        while many < room:
+            now = powers[:many].reshape(-1, n)
+            np.matmul(now, far, out=powers[many : 2 * many].reshape(-1, n))
+            many, far = 2 * many, far.dot(far)
+        sizes = np.square(powers.reshape(room, -1)).dot(units)[::-1]
+        # One is not below them.
+        fore = min(T, room - int((sizes > limits[0]).argmax()))
+        back = min(T, room - int((sizes > limits[1]).argmax()))
+        if room >= T or max(fore, 2 * back) <= room - 1:
+            break
+        powers, room = np.concatenate((powers, np.empty_like(powers))), 2 * room
+    return (powers, T, T) if fore + back >= T else (powers, fore, back)
+
+
+def _covariances(powers: _Floats, C: _Floats, first: _Floats) -> _Floats:
+    """P_k = Fᵏ P₀ F'ᵏ + C + F C F' + … from the first state's on. # (K, n, n)"""
+    n = len(C)
+    moved = powers.reshape(-1, n) @ np.concatenate((C, first), 1)
+    sides = moved.reshape(-1, n, 2, n).transpose(2, 0, 1, 3)
+    sums, own = sides @ powers.swapaxes(-1, -2)
+    own[1:] += np.add.accumulate(sums[:-1])
+    return own
+
+
+class End(NamedTuple):
     """What changes as no data follow the last step.
 
     Attributes:
@@ -259,7 +293,6 @@ class End:
         covariances: Those of the supposed series, of the last steps, from the last one on; or the one
             of all of them. # (back, n, n) or (n, n)
         toward: Fᵏ of the last steps, in their order, side by side. # (n, · n)
-        moved: Fᵏ P_t of them. # (n, · n)
         log_determinant: Of all noises.
         loss: As of the steady steps.
     """
@@ -267,39 +300,34 @@ class End:
     M: _Floats
     covariances: _Floats
     toward: _Floats
-    moved: _Floats
     log_determinant: float
     loss: float
 
     @classmethod
     def of(cls, numbers: Numbers, steady: Steady) -> End | None:
         """From the steps as if data followed; None where much more was supposed than they say."""
-        T, N, K = numbers.steps, steady.later, len(steady.powers)
+        T, N, n = numbers.steps, steady.later, len(steady.later)
         P = covariances = steady.covariance
-        left, M = steady.left, steady.end
+        M, size = steady.end, steady.left
         if T - steady.back <= steady.fore:
             covariances = along(steady, np.arange(T - 1, T - 1 - steady.back, -1))
             P = covariances[0]
-            left = np.eye(len(N)) - N.dot(P)
+            left = np.eye(n) - N.dot(P)
+            sign, size = np.linalg.slogdet(left)
+            if not sign > 0.0:
+                return None
             M = np.linalg.solve(left, N)
-        M = (M + M.T) / 2
+            M = (M + M.T) / 2
         # Beside one: how much more certain the last state was supposed to be.
-        more = max(1.0, float((M.diagonal() * P.diagonal()).max()))
+        more = max(1.0, *(M.diagonal() * P.diagonal()).tolist())
         loss = more**2 * steady.loss
-        if not loss <= _LOSS:
-            return None
-        size = float(np.linalg.det(left))
-        if not size > 1e-300:
+        if not (loss <= _LOSS and math.isfinite(size)):
             return None
         # Powers decay to nothing within twice the steps in which their squares do.
-        many, powers = min(T, 2 * K), steady.powers
-        if many > K:
-            powers = np.concatenate([powers, powers[: many - K] @ steady.next_power])
-        toward = powers[many - 1 :: -1] if many < len(powers) else powers[::-1]
-        moved = toward @ (P if T - many >= steady.fore else along(steady, np.arange(T - many, T)))
-        first, other = steady.sizes
-        determinant = first + (T - 1) * other + math.log(size)
-        return cls(M, covariances, _beside(toward), _beside(moved), determinant, loss)
+        toward = steady.powers[: min(T, 2 * steady.back)][::-1]
+        other, first = steady.sizes
+        determinant = first + (T - 1) * other + size
+        return cls(M, covariances, _beside(toward), determinant, loss)
 
 
 def _beside(x: _Floats) -> _Floats:

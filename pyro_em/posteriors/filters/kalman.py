@@ -212,7 +212,7 @@ def _compiled_way() -> _Way:
 def _on(x: _T, device: torch.device) -> _T:
     """The same numbers elsewhere."""
     numbers = vars(x).values()
-    if device is _CPU and all(t is None or t.is_cpu for t in numbers):
+    if device is _CPU and False not in [t is None or t.is_cpu for t in numbers]:
         return x
     if all(t is None or t.device == device for t in numbers):
         return x
@@ -224,7 +224,7 @@ def _is_differentiated(space: StateSpace) -> bool:
     """Whether a derivative may be asked for."""
     if not torch.is_grad_enabled():
         return False
-    return any(x is not None and x.requires_grad for x in vars(space).values())
+    return True in [x is not None and x.requires_grad for x in vars(space).values()]
 
 
 def _example() -> StateSpace:

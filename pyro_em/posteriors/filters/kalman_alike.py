@@ -15,6 +15,9 @@ What was supposed is then taken back: with M = (N⁻¹ − P_last)⁻¹ and k st
     noise        C + C L_k C,                     transition   F + C L_k F,
     L_k = F'ᵏ (N⁻¹ − C − F C F' − … − Fᵏ C F'ᵏ)⁻¹ Fᵏ.
 
+In a long series nothing is a difference there: with P what P_t converges to, M is N + N V N for the
+V = (P⁻¹ − N)⁻¹ that a state given no later data has, and L_k = F'ᵏ (M⁻¹ + Fᵏ⁺¹ P F'ᵏ⁺¹)⁻¹ Fᵏ.
+
 So all that depends on no data are powers of F, and they tell after how many steps nothing changes any
 more. Errors are those of rounding times the precision of data beside what is known without them: only
 chains with little of it are solved here. Means far from zero are found from what is found first, once
@@ -30,7 +33,7 @@ import torch
 from numpy.typing import NDArray
 
 from pyro_em.posteriors.filters.alike_means import means_of
-from pyro_em.posteriors.filters.alike_steady import End, Numbers, Steady, along
+from pyro_em.posteriors.filters.alike_steady import End, Numbers, Steady
 from pyro_em.posteriors.filters.state_space import Smoothed, StateSpace
 
 _Floats = NDArray[np.float64]
@@ -54,7 +57,7 @@ def smoothed(space: StateSpace) -> Smoothed | None:
             steady = Steady.of(numbers)
             end = None if steady is None else End.of(numbers, steady)
             means = None if steady is None or end is None else means_of(numbers, steady, end)
-        except np.linalg.LinAlgError:
+        except ValueError:  # numpy.linalg.LinAlgError is one; the logarithm of zero is another
             return None
     if steady is None or end is None or means is None:
         return None
@@ -68,30 +71,27 @@ def smoothed(space: StateSpace) -> Smoothed | None:
 
 def _covariances(T: int, steady: Steady, end: End) -> tuple[_Floats | _Ints, ...]:
     """The different covariances, transitions and noises, and which of them each step has."""
-    F, C, fore, back = steady.transition, steady.noise, steady.fore, steady.back
-    powers, n = steady.powers, len(F)
-    many = min(fore + 1, T - back)
+    F, C, P, back = steady.transition, steady.noise, steady.covariance, steady.back
+    n, many, last = len(F), min(steady.fore + 1, T - back), min(back, T - 1)
+    powers = steady.powers[: last + 1]
+    moved = (powers.reshape(-1, n) @ P).reshape(powers.shape)  # Fᵏ P
+    toward = moved[:back] if back < T else powers @ end.covariances
     covariance = np.empty((1, many + back, n, n))
-    covariance[0, :many] = along(steady, np.arange(many))
-    toward = powers[:back] @ end.covariances
-    np.add(end.covariances, _t(toward) @ end.M @ toward, out=covariance[0, many:][::-1])
-    which = np.full((1, T), many - 1)
-    which[0, :many] = np.arange(many)
-    which[0, T - back :] = np.arange(many, many + back)
-    # C + … + Fᵏ C F'ᵏ is what P_t converges to, less it after k + 1 steps.
-    last = min(back, T - 1)
-    ahead = powers[1 : last + 1]
-    if last == len(powers):
-        ahead = np.concatenate([ahead, steady.next_power[None]])
-    N, here = steady.later, powers[:last]
-    left = steady.left + N @ (ahead @ steady.covariance @ _t(ahead))
-    change = (C @ _t(here) @ np.linalg.solve(left, N) @ here).reshape(-1, n)
+    covariance[0, :many] = steady.covariances[:many]
+    np.add(end.covariances, _t(toward) @ (end.M @ toward), out=covariance[0, many:][::-1])
+    (which, kind), order = np.empty((2, 1, T), np.int64), np.arange(many + back + 2)
+    which[0, :many], which[0, many : T - back] = order[:many], many - 1
+    which[0, T - back :] = order[many : many + back]
+    kind[0, 0], kind[0, 1 : T - last], kind[0, T - last :] = 0, 1, order[2 : last + 2]
+    # As C + … + Fᵏ C F'ᵏ = P − Fᵏ⁺¹ P F'ᵏ⁺¹, what is inverted is that of M, and the second of them.
+    M, here = steady.end, powers[:last]
+    left = M @ (moved[1:] @ _t(powers[1:]))
+    left += np.eye(n)
+    change = (C @ _t(here) @ np.linalg.solve(left, M) @ here).reshape(-1, n)
     transition, noise = np.empty((2, 1, last + 2, n, n))
     transition[0, 0], transition[0, 1], noise[0, 0], noise[0, 1] = 0.0, F, covariance[0, 0], C
     np.add(F, (change @ F).reshape(last, n, n)[::-1], out=transition[0, 2:])
     np.add(C, (change @ C).reshape(last, n, n)[::-1], out=noise[0, 2:])
-    kind = np.ones((1, T), np.int64)
-    kind[0, 0], kind[0, T - last :] = 0, np.arange(2, last + 2)
     return covariance, which, transition, noise, kind
 
 

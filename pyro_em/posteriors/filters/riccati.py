@@ -31,13 +31,14 @@ class Endless(NamedTuple):
     doublings: int
 
 
-def endless(A: _Floats, Q: _Floats, J: _Floats) -> Endless | None:
+def endless(A: _Floats, Q: _Floats, J: _Floats, eye: _Floats) -> Endless | None:
     """Λ = J + A' Λ (I + Q Λ)⁻¹ A and Y = Q + A Y (I + J Y)⁻¹ A'.
 
     Args:
         A: Of x_t = A x_{t−1} + noise. # (n, n)
         Q: The noise's covariance. # (n, n)
         J: H' R⁻¹ H of the data. # (n, n)
+        eye: I. # (n, n)
 
     Returns:
         None if they are not reached. They are not exact: a step of the recursion shows how near they
@@ -48,22 +49,24 @@ def endless(A: _Floats, Q: _Floats, J: _Floats) -> Endless | None:
 
     Example:
         >>> one = np.ones((1, 1))
-        >>> endless(one, one, one).information.round(4)  # the golden ratio
+        >>> endless(one, one, one, one).information.round(4)  # the golden ratio
         array([[1.618]])
     """
     n = len(A)
-    eye, both = np.eye(n), np.empty((n, 2 * n))
-    Y, information = Q, J
+    both, information = np.concatenate((A, Q), 1), J  # A and Y side by side
+    A, Y = both[:, :n], both[:, n:]
     for count in range(1, _MOST + 1):
-        both[:, :n], both[:, n:] = A, Y
-        solved = np.linalg.solve(eye + Y.dot(information), both)
-        moved = solved[:, :n]
-        more = A.T.dot(information.dot(moved))
-        wider = A.dot(solved[:, n:]).dot(A.T)
-        A, information, Y = A.dot(moved), information + more, Y + wider
+        matrix = Y.dot(information)
+        matrix += eye
+        solved = np.linalg.solve(matrix, both)
+        more = A.T.dot(information.dot(solved[:, :n]))
+        both = A.dot(solved)
+        wider = both[:, n:].dot(A.T)
+        information, Y = information + more, np.add(Y, wider, out=both[:, n:])
+        A = both[:, :n]
         # In what has no units: how much more all states together would be known.
         if np.vdot(more, Y) + np.vdot(wider, information) <= _NEAR and bool(
             (more.diagonal() <= _NEAR * information.diagonal()).all()
         ):
-            return Endless((information + information.T) / 2, (Y + Y.T) / 2, count)
+            return Endless(information, Y, count)
     return None
