@@ -169,11 +169,9 @@ class Owned(OwnedForm):
         each = mass.unsqueeze(-1)
         means = moments / each
         step = means[:, :D]
-        mu = (
-            step
-            if components.prepared.mean is None
-            else step + components.prepared.mean.to(step.dtype)
-        )
+        white = components.prepared.white
+        about = None if white is None else white.point
+        mu = step if about is None else step + about.to(step.dtype)
         if self.dtypes[0] != torch.float64:
             rounded = (mu + self.rule.centre).to(self.dtypes[0])
             mu = rounded.to(torch.float64) - self.rule.centre

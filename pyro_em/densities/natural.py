@@ -173,12 +173,16 @@ class Naturals:
             Handover: If a probability or a rate has no mass, or rounds to what it is not.
         """
         low, high, end = self.p
-        n = N[: self.size]
-        mass = N.new_zeros(self.rows).index_add_(0, self.row, n)
-        if end < self.size:
-            mass[self.rows - (self.size - end) :] = N[self.size :]
-        phi = n / mass.index_select(0, self.row)
-        if not float(mass.amin()) > 0:
+        if self.rows == 1 and end == self.size:  # one simplex row and nothing else
+            n, mass = N, N.sum(0, keepdim=True)
+            phi, least = n / mass, mass
+        else:
+            n = N[: self.size]
+            mass = N.new_zeros(self.rows).index_add_(0, self.row, n)
+            if end < self.size:
+                mass[self.rows - (self.size - end) :] = N[self.size :]
+            phi, least = n / mass.index_select(0, self.row), mass.amin()
+        if not float(least) > 0:
             if not bool(((mass > 0) | self.may_be_empty).all()):
                 raise Handover
             phi = torch.where((mass > 0)[self.row], phi, state.phi)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, cast
 
 import torch
@@ -213,7 +213,7 @@ class Theta:
         else:
             prepared = {**at.prepared, **{g: c.prepared for g, c in components.items()}}
             after = At(natural, components, at.values, at.arguments, prepared, at.log_prior)
-        total = float(gains[0] if len(gains) == 1 else torch.stack(gains).sum())
+        total = float(reduce(torch.add, gains))
         if not math.isfinite(total):
             raise Handover
         return after, total

@@ -20,7 +20,6 @@ from pyro_em.fitting.steps.search import Search
 from pyro_em.plan.fit_wishes import check_acceleration, refuse_stochastic_keywords
 from pyro_em.plan.program import Program
 from pyro_em.plan.unobserved import unobserved
-from pyro_em.tracing.parameters import restore
 from pyro_em.tracing.randomness import same_random_state
 from pyro_em.variational.batches import is_loader
 
@@ -95,8 +94,7 @@ def _fit(call: Call, program: Program, data: Parted | None, kept: KeptFit | None
     runs = run_starts(em, settings, wishes.init, wishes.num_restarts, search)
     if keeper is not None:
         keeper.finish(em)
-    best = best_of(runs)
-    restore(em.program.graph.parameters, best.parameters)
+    best = best_of(runs)  # whose parameters are in the store
     session.total_steps = before + best.num_steps
     session.last_data.note(call.args, call.kwargs)
     later = None if data else unobserved(em.program, session.request.max_enumeration)

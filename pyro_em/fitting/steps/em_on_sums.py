@@ -36,8 +36,11 @@ class OnSums:
         data: The parts of the data; None where all are at hand.
     """
 
+    _holds_many: bool  # whether its E-steps hold numbers of each of many rows
+
     def __init__(self, program: Program, block: QuickSteps, data: Parted | None = None) -> None:
         self.program, self.block, self.data = program, block, data
+        self._holds_many = False
 
     @torch.inference_mode()
     def e_step(self, values: Values | None = None, index: int = 0) -> SumsPoint:
@@ -53,6 +56,7 @@ class OnSums:
         try:
             at = theta.enter(values)
             expectation = self.expectation(at)
+            self._holds_many = expectation.holds_many
         except torch.linalg.LinAlgError as error:
             raise Handover from error
         log_prior = theta.log_prior(at)
@@ -92,7 +96,8 @@ class OnSums:
         try:
             with torch.inference_mode():
                 after, gain = self.block.theta.m_step(at.at, at.expectation)
-                at.forget_rows()
+                if self._holds_many:
+                    at.forget_rows()
         except torch.linalg.LinAlgError as error:
             raise Handover from error
         # Outside, since tensors that are made in inference mode must not reach anybody.
@@ -110,7 +115,8 @@ class OnSums:
         theta = self.block.theta
         try:
             after, gain = theta.m_step(at.at, at.expectation)
-            at.forget_rows()
+            if self._holds_many:
+                at.forget_rows()
             after = self._alike(after)
             expectation = self.expectation(after)
         except torch.linalg.LinAlgError as error:

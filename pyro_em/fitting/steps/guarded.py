@@ -22,6 +22,7 @@ from pyro_em.fitting.steps.em_map import ByTracing, after_m_step, allowed_fall, 
 from pyro_em.fitting.steps.em_on_sums import OnSums, on_sums
 from pyro_em.fitting.steps.parted import Parted
 from pyro_em.fitting.steps.point import Point, SumsPoint
+from pyro_em.fitting.steps.run import Held
 from pyro_em.plan.agreement import disagreements_of
 from pyro_em.plan.eligibility import Kernel
 from pyro_em.plan.evaluation import Disagreement
@@ -155,6 +156,7 @@ class Guarded:
         verify: bool = False,
         touched: bool = False,
         last: bool = False,
+        held: Held | None = None,
     ) -> Step:
         """One step.
 
@@ -164,6 +166,7 @@ class Guarded:
             verify: Whether a fresh trace has to confirm what the step computed with.
             touched: Whether somebody has written parameters since, so that a fall is no wonder.
             last: Whether no other follows: its E-step is made at what the param store holds.
+            held: What the store holds before the last step, where that is known.
 
         Raises:
             Fell: If the objective fell.
@@ -171,7 +174,7 @@ class Guarded:
         """
         if self.quick is not None and self.program.compiled and self.handovers < _MANY_HANDOVERS:
             at = self._again(at)
-            found = self._last_quick_step(at) if last else self._quick_step(at, verify)
+            found = self._last_quick_step(at, held) if last else self._quick_step(at, verify)
             if found is not None:
                 return found
             self.handovers += 1.0 if self.far is None else _FAR
@@ -203,15 +206,15 @@ class Guarded:
             return None
         return Step(at, bound, after, is_public=verify)
 
-    def _last_quick_step(self, at: Point) -> Step | None:
+    def _last_quick_step(self, at: Point, held: Held | None) -> Step | None:
         """As `_quick_step`, with the parameters in the param store, where a transform may round."""
         if self.quick is None or not isinstance(at, SumsPoint):
             return None
         self.far = None
-        origin = snapshot(self.program.graph.parameters)
+        origin = snapshot(self.program.graph.parameters) if held is None else held.unconstrained
         try:
             values, bound = self.quick.m_step(at)
-            write(self.program, values)
+            write(self.program, values, None if held is None else held.values)
             after = self.quick.e_step()
         except Handover as handover:
             self.far = handover if isinstance(handover, TooFar) else None

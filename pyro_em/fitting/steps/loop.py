@@ -40,7 +40,7 @@ def iterate(
     else:
         run.status, run.judges, em.handovers = EMStatus.MAX_STEPS, False, 0
     try:
-        while run.num_steps < until and not _is_over(em, settings, run):
+        while len(run.entering) < until and not _is_over(em, settings, run):
             # Who keeps where runs stand has to see the last step as if others followed it.
             is_last = settings.max_steps - len(run.entering) == 1 and keeper is None
             step = advance(em, run, bool(settings.callbacks), settings.verify, is_last)
@@ -104,7 +104,8 @@ def advance(
     index = len(run.entering)
     is_due = index == run.verify_at and not run.verifies_later
     last = is_last and not (is_watched or is_due)
-    step = em.step(run.last, index, verify=is_due and verify, touched=touched, last=last)
+    held = run.held if last else None
+    step = em.step(run.last, index, verify=is_due and verify, touched=touched, last=last, held=held)
     is_public = is_watched or is_due or last
     if is_public:
         em.publish(step, was_public=is_watched and run.recorded is step.before)

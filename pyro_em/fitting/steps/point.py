@@ -93,7 +93,7 @@ class SumsPoint(Point):
         how: str | None = None,
     ) -> None:
         self.program, self.block, self.at, self.how = program, block, at, how
-        self._expectation: Expectation | None = expectation
+        self.expectation = expectation
         self.log_prior = log_prior
         self.log_evidence = expectation.log_evidence  # E-steps on sums are exact
         self.objective = expectation.log_evidence + log_prior
@@ -102,21 +102,18 @@ class SumsPoint(Point):
         if values is not None:
             self.values = dict(values)
 
-    @property
+    @cached_property
     def expectation(self) -> Expectation:
         """The E-step; it is made again where it has been let go."""
-        if self._expectation is None:
-            with torch.inference_mode():
-                self._expectation = self.block.e_step(self.at)
-        return self._expectation
+        with torch.inference_mode():
+            return self.block.e_step(self.at)
 
     def forget_rows(self) -> None:
         """Let go of an E-step that holds numbers of each row, once an M-step has read them.
 
         The next E-step has as many, and nobody is likely to ask for these again.
         """
-        if self._expectation is not None and self._expectation.holds_many:
-            self._expectation = None
+        vars(self).pop("expectation", None)
 
     @cached_property
     def values(self) -> dict[str, Tensor]:

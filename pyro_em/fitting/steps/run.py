@@ -107,6 +107,19 @@ class Seen:
         return not all(torch.equal(now[n].unconstrained, v) for n, v in self.parameters.items())
 
 
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What the param store holds.
+
+    Attributes:
+        values: The constrained values that were read from it or written into it last.
+        unconstrained: What it holds of them.
+    """
+
+    values: Values
+    unconstrained: Mapping[str, Tensor]
+
+
 @dataclass(eq=False)
 class EMRun:
     """One start: its name in words, its path and where it stands.
@@ -176,6 +189,14 @@ class EMRun:
     def objective(self) -> float:
         """The bound at the last complete step; nan if there is none."""
         return math.nan if self.last is None else self.last.objective
+
+    @property
+    def held(self) -> Held | None:
+        """What the param store holds while nobody writes it, where that is known."""
+        at = self.recorded
+        if not isinstance(at, (TracedPoint, SumsPoint)):
+            return None
+        return Held(at.values, self.parameters)
 
     def values(self, program: Program) -> Values:
         """The constrained values that the param store holds after the last step was recorded."""

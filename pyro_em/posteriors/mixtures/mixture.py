@@ -21,13 +21,14 @@ from torch import Tensor
 from pyro_em.densities.compiled import CompiledRows, serves, swept
 from pyro_em.densities.density import NormalRows, checked, scattered
 from pyro_em.densities.features import Cells, Counted, Known, cells, counted, known, merged
-from pyro_em.densities.gaussian import Gaussian, Prepared
+from pyro_em.densities.gaussian import Gaussian
 from pyro_em.densities.layout import Layout
 from pyro_em.densities.rules import rule_of
 from pyro_em.densities.theta import At, Theta
 from pyro_em.errors import Finding
 from pyro_em.graph.factors import FactorGraph, Group, Latent
 from pyro_em.posteriors.block import Component, Values
+from pyro_em.posteriors.mixtures.few_rows import FewRows
 from pyro_em.posteriors.mixtures.per_row import PerRow
 from pyro_em.posteriors.mixtures.product_states import added, summed
 from pyro_em.posteriors.mixtures.responsibilities import sum_of_logs, unnormalised
@@ -171,6 +172,10 @@ class Mixture(QuickBlock):
         Raises:
             Handover: If a row is impossible, a density is not a number, or mass was lost.
         """
+        if self._few is not None:
+            few = self._few.e_step(at)
+            if few is not None:
+                return few
         eta = None if at.natural is None else at.natural.eta
         sizes = self.shape.sizes
         constant = self._constant(at, eta)
@@ -182,12 +187,6 @@ class Mixture(QuickBlock):
             found = self._swept(at, constant, *self._sole)
             if found is not None:
                 return self._summed(at, eta, found)
-        if self._few is not None:
-            g, x = self._few
-            p: Prepared = at.prepared[g]
-            if p.linear is not None:
-                joint = torch.addmm(constant.to(x.dtype) + p.constant, p.linear, x)
-                return self._summed(at, eta, self._at_once(joint, g, x, may_clamp))
         thetas = [None if f.linear is None else _theta(eta, f.linear) for f in self.factors]
         sums = Collected(self.N)
         for begin in range(0, self.N, self.chunk):
@@ -228,27 +227,15 @@ class Mixture(QuickBlock):
         return (g, rule) if isinstance(rule, CompiledRows) else None
 
     @cached_property
-    def _few(self) -> tuple[int, Tensor] | None:
-        """The only group that reads rows and the features of these, where one product does for all."""
-        f, *others = self.factors
-        if others or f.linear is not None or f.others or f.counted or self.repeats is not None:
+    def _few(self) -> FewRows | None:
+        """The same where few rows read components and nothing else."""
+        is_alone = len(self.factors) == 1 and not (self.tables or self.known or self.free)
+        if not is_alone or self.repeats is not None or self.chunk < self.N:
             return None
-        if len(f.normals) != 1 or len(f.reads) < len(self.shape.sizes) or self.chunk < self.N:
+        (factors,) = self.factors
+        if len(factors.reads) < len(self.shape.sizes):
             return None
-        ((g, rule),) = f.normals.items()
-        if type(rule) is not Gaussian or rule.stored is None:
-            return None
-        return g, rule.stored
-
-    def _at_once(self, joint: Tensor, g: int, features: Tensor, may_clamp: bool) -> Collected:
-        """Evidence and sums of a few rows, from the log densities of their cells. # (K, N)"""
-        top, weights, mass = unnormalised(joint, may_clamp)
-        weights.div_(mass)
-        sums = Collected(self.N)
-        sums["evidence"] = top.sum(dtype=torch.float64) + sum_of_logs(mass)
-        sums["mass"] = weights.sum(1, dtype=torch.float64)
-        sums[g] = (weights @ features.T).to(torch.float64)
-        return sums
+        return FewRows.of(factors, self.cells, self.N)
 
     def _swept(self, at: At, constant: Tensor, g: int, rule: CompiledRows) -> Collected | None:
         """Evidence and sums by a compiled loop; None where it does not serve."""

@@ -1,0 +1,99 @@
+"""The E-step of few rows that read Gaussian components alone: one product each way.
+
+With the features Φ of the rows and the coefficients Θ of the components,
+
+    ℓ = log π + h + Θ Φ,     R = softmax ℓ,     S = R Φᵀ,     Σ_n r_n,
+
+and nothing else: where all of these lie is looked up once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.densities.density import checked, scattered
+from pyro_em.densities.features import Cells
+from pyro_em.densities.gaussian import Gaussian, Prepared
+from pyro_em.densities.theta import At
+from pyro_em.graph.bindings.binding import is_in_order
+from pyro_em.posteriors.mixtures.responsibilities import FEW_CELLS, responsibilities
+from pyro_em.posteriors.mixtures.row_factors import RowFactors
+from pyro_em.updates.expectations.statistics import NATURAL, Expectation
+
+
+@dataclass(frozen=True, eq=False)
+class FewRows:
+    """Rows that are few enough for one product.
+
+    Attributes:
+        g: The group of the rows.
+        features: Φ. # (P, N)
+        transposed: Φᵀ. # (N, P)
+        columns: The elements of η that are log π; None where these are all of η, in order. # (K,)
+        N: Rows.
+        noise: How far rounding may carry the evidence, by the size of the largest term.
+        rounded: The rule of the rows, where coefficients are rounded to fewer digits.
+    """
+
+    g: int
+    features: Tensor
+    transposed: Tensor
+    columns: Tensor | None
+    N: int
+    noise: float
+    rounded: Gaussian | None
+
+    @classmethod
+    def of(cls, factors: RowFactors, cells: Mapping[int, Cells], N: int) -> FewRows | None:
+        """The rows of some factors, if that is all that they are.
+
+        Args:
+            factors: All factors that read rows; they read all latents of these.
+            cells: All factors that read no row.
+            N: Rows, which are held at once.
+        """
+        if factors.linear is not None or factors.others or factors.counted:
+            return None
+        if len(factors.normals) != 1 or len(cells) != 1:
+            return None
+        ((g, rule),), (table,) = factors.normals.items(), cells.values()
+        if type(rule) is not Gaussian or rule.stored is None or not table.is_plain:
+            return None
+        rounded = None if rule.x.dtype == torch.float64 else rule
+        if rounded is not None and N * factors.K > FEW_CELLS:
+            return None  # a chunk is quicker: its exponentials are kept from the smallest numbers
+        is_all = is_in_order(table.columns) and len(table.columns) == factors.K
+        noise = 2e-16 * N**0.5
+        columns = None if is_all else table.columns
+        return cls(g, rule.stored, rule.stored.T, columns, N, noise, rounded)
+
+    def e_step(self, at: At) -> Expectation | None:
+        """Evidence and sums at some parameters; None where components are too narrow for products.
+
+        Raises:
+            Handover: If a row is impossible, a density is not a number, or mass was lost.
+        """
+        p: Prepared = at.prepared[self.g]
+        assert at.natural is not None
+        eta = at.natural.eta
+        if p.linear is None:
+            return None
+        log_pi = eta if self.columns is None else eta.take(self.columns)
+        constant = log_pi.unsqueeze(-1).to(p.constant.dtype) + p.constant
+        joint = torch.addmm(constant, p.linear, self.features)
+        evidence, weights = responsibilities(joint)
+        mass = weights.sum(1, dtype=torch.float64)
+        moments = (weights @ self.transposed).to(torch.float64)
+        if self.rounded is not None:
+            evidence = evidence + self.rounded.correction(p, moments, mass)
+        log_evidence = checked(evidence, mass, self.N)
+        features = mass if self.columns is None else scattered(eta, self.columns, [mass])
+        return Expectation(
+            log_evidence,
+            {NATURAL: {"features": features}, self.g: {"moments": moments, "mass": mass}},
+            noise=self.noise * p.size,
+        )
