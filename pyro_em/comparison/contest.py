@@ -24,7 +24,7 @@ from pyro_em.errors import PyroEMError
 from pyro_em.fitting.results.history import EMStatus, EMStep
 from pyro_em.loss import TraceExact_ELBO
 from pyro_em.posteriors.strategies import EStepStrategy
-from pyro_em.tracing.parameters import parameters_read
+from pyro_em.tracing.parameters import ParameterRecord
 from pyro_em.tracing.scopes import Keeper, StoreState, own_store
 
 
@@ -241,9 +241,9 @@ class Contest:
     ) -> None:
         loss = TraceExact_ELBO(**budgets_of(direct))
         to.start()
-        with parameters_read() as parameters, torch.no_grad():
+        with ParameterRecord() as record, torch.no_grad():
             model(*self.args, **self.kwargs)
-        leaves = [leaf for leaf in dict.fromkeys(parameters.values()) if leaf.requires_grad]
+        leaves = [leaf for leaf in dict.fromkeys(record.found.values()) if leaf.requires_grad]
         best, best_values = -math.inf, [leaf.detach().clone() for leaf in leaves]
 
         def closure() -> Tensor:

@@ -12,6 +12,7 @@ from weakref import ref
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import Transform, constraints, transform_to
 
@@ -280,18 +281,22 @@ def rename(module: Any, name: str) -> None:
     module._pyro_set_supermodule(name, module._pyro_context)
 
 
-@contextmanager
-def parameters_read() -> Iterator[dict[str, torch.Tensor]]:
-    """Collect the unconstrained tensor of every parameter that is read inside, by name."""
-    with _ParameterRecord() as record:
-        yield record.found
+_STORE = pyro.get_param_store()
 
 
-class _ParameterRecord(Messenger):
-    """The unconstrained tensor of every parameter that is read.
+def _nothing() -> None:
+    """What a parameter that was never handed out refers to."""
+
+
+class ParameterRecord(Messenger):
+    """A block that collects the unconstrained tensor of every parameter that is read inside.
 
     Guide and model of a network read each of its parameters, at every step: messages are taken as
-    they come, without a look-up of methods by name.
+    they come, without a look-up of methods by name, and a parameter without a constraint is handed
+    out as the store holds it, where no handler of the user's waits for the message.
+
+    Attributes:
+        found: The tensors by name.
     """
 
     def __init__(self) -> None:
@@ -299,10 +304,20 @@ class _ParameterRecord(Messenger):
         self.found: dict[str, torch.Tensor] = {}
 
     def _process_message(self, msg: Any) -> None:
+        if msg["type"] != "param":
+            return
         name = msg["name"]
-        is_first = msg["type"] == "param" and name not in self.found
-        if is_first and name not in pyro.get_param_store():
-            _start_apart(msg)
+        held = _STORE._params.get(name)
+        if held is None:
+            if name not in self.found:
+                _start_apart(msg)
+        elif (
+            _STORE._constraints.get(name) is constraints.real
+            and msg["value"] is None
+            and _PYRO_STACK[0] is self
+            and held.__dict__.get("unconstrained", _nothing)() is held
+        ):
+            msg["value"] = held
 
     def _postprocess_message(self, msg: Any) -> None:
         if msg["type"] != "param":

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pyro_em.errors import UsageError, message
 from pyro_em.tracing.memory import settle
-from pyro_em.tracing.parameters import parameters_read
+from pyro_em.tracing.parameters import ParameterRecord
 
 StoreState: TypeAlias = Mapping[str, Mapping[str, Any]]
 
@@ -73,8 +73,9 @@ def common_start(
     first, names = "", None
     with own_store(origin):
         for label, model in models.items():
-            with parameters_read() as found, torch.no_grad():
+            with ParameterRecord() as record, torch.no_grad():
                 model(*args, **kwargs)
+            found = record.found
             settle(found.values())
             if names is None:
                 first, names = label, list(found)

@@ -47,6 +47,28 @@ class LeftWhole:
                 part.enable_validation(was)
 
 
+class Unvalidated:
+    """A block in which nothing is validated: ``pyro.validation_enabled(False)`` at less cost.
+
+    Example:
+        >>> with pyro.validation_enabled(True), Unvalidated():
+        ...     pyro.distributions.is_validation_enabled()
+        False
+    """
+
+    def __enter__(self) -> None:
+        self._before = [part.is_validation_enabled() for part in _VALIDATING]
+        self._of_torch = torch.distributions.Distribution._validate_args
+        if any(self._before) or self._of_torch:
+            pyro.enable_validation(False)
+
+    def __exit__(self, *exception: Any) -> None:
+        for part, was in zip(_VALIDATING, self._before, strict=True):
+            if part.is_validation_enabled() != was:
+                part.enable_validation(was)
+        torch.distributions.Distribution._validate_args = self._of_torch
+
+
 def forget_lost_plates() -> None:
     """Free the dimensions of plates that nobody is in: an interrupt elsewhere left them."""
     if _DIM_ALLOCATOR._stack and not any(isinstance(h, IndepMessenger) for h in _PYRO_STACK):

@@ -47,7 +47,7 @@ from pyro_em.variational.broken_bounds import (
 from pyro_em.variational.divergence import with_analytic_kl
 from pyro_em.variational.drawing import plain_draw, summed_draw
 from pyro_em.variational.laying import laid_out
-from pyro_em.variational.pair import Laid, Routing, pyros_pair, support_size
+from pyro_em.variational.pair import Laid, Pair, Routing, pyros_pair, support_size
 from pyro_em.variational.particle import (
     Particle,
     log_weights,
@@ -95,9 +95,11 @@ class Variational(StaysHere):
         return cls(model, guide, routing, bare, analytic, max_plate_nesting, weighted)
 
     @cached_property
-    def pair(self) -> Model:
+    def pair(self) -> Pair:
         """Guide and model as one."""
-        return self.routing.pair(self.model, self.guide)
+        pair = self.routing.pair(self.model, self.guide)
+        assert isinstance(pair, Pair)  # something is drawn
+        return pair
 
     @cached_property
     def downstream(self) -> Mapping[str, frozenset[str]]:
@@ -131,14 +133,15 @@ class Variational(StaysHere):
             report: Whether log q is wanted as well where it is not needed for the bound.
             chosen: Guide sites that are held at a value instead, and weighed by its probability.
         """
-        with OfBatch(factors or {}), draw_errors_named():
-            if self.routing.solved:
-                assert self.routing.guide is not None
+        factors = factors or {}
+        with draw_errors_named():
+            if not self.routing.solved:
+                known = self.analytic if analytic else frozenset()
+                return plain_draw(self.pair, args, kwargs, factors, report, known)
+            assert self.routing.guide is not None
+            with OfBatch(factors):
                 laid, guide = self.laid(args, kwargs), self.routing.guide
-                how = (report, chosen or {}, factors or {})
-                return summed_draw(laid, guide, args, kwargs, *how)
-            known = self.analytic if analytic else frozenset()
-            return plain_draw(self.pair, args, kwargs, report, known)
+                return summed_draw(laid, guide, args, kwargs, report, chosen or {}, factors)
 
     def particles(
         self,

@@ -32,14 +32,14 @@ from pyro_em.posteriors.continuous.gaussian_steps import tables_of
 from pyro_em.posteriors.contraction import contract
 from pyro_em.posteriors.enumeration import contraction_of, scales_of
 from pyro_em.posteriors.exact import exact_posterior
-from pyro_em.tracing.draws import drawn_run
+from pyro_em.tracing.densities import add_log_prob
 from pyro_em.tracing.handlers import GuideSites
-from pyro_em.tracing.runs import Model, Run
-from pyro_em.tracing.sites import Role
+from pyro_em.tracing.runs import Run
+from pyro_em.tracing.sites import Role, is_factor, role_of
 from pyro_em.variational.divergence import kl_term
 from pyro_em.variational.guide import GuideLook
 from pyro_em.variational.integrating import AttachedRun, integrated_run, not_here
-from pyro_em.variational.pair import AtDraw, Laid
+from pyro_em.variational.pair import AtDraw, Laid, Pair
 from pyro_em.variational.particle import (
     Particle,
     Term,
@@ -52,7 +52,12 @@ _FULL = Weight()
 
 
 def plain_draw(
-    pair: Model, args: tuple, kwargs: dict[str, Any], report: bool, known: Collection[str]
+    pair: Pair,
+    args: tuple,
+    kwargs: dict[str, Any],
+    factors: Mapping[str, float],
+    report: bool,
+    known: Collection[str],
 ) -> Particle:
     """One draw of a pair in which no latent is summed exactly.
 
@@ -60,28 +65,30 @@ def plain_draw(
         pair: The guide, then the model at its values.
         args: The model's positional arguments.
         kwargs: Its keyword arguments.
+        factors: Per plate what multiplies its sites.
         report: Whether log q is wanted as well where it is not needed for the bound.
         known: Latents whose terms are replaced by their KL divergence in closed form.
     """
-    unneeded = set() if report else {*known, *(GuideSites.prefix + n for n in known)}
-    drawn = drawn_run(pair, args, kwargs, unneeded)
-    sites = drawn.sites
+    sites = pair.drawn(args, kwargs, factors)
     terms: list[Term] = []
-    for name, role in drawn.roles.items():
-        site, latent = sites[name], name.removeprefix(GuideSites.prefix)
-        if latent in known and role in (Role.GUIDE, Role.SAMPLED):
+    values: dict[str, Tensor] = {}
+    for name, site in sites.items():
+        if not is_factor(site) or (role := role_of(site)) is Role.LATENT:
+            continue
+        latent = name
+        if role is not Role.DATA:
+            latent = name.removeprefix(GuideSites.prefix)
+            values[latent] = site["value"]
+        if latent in known and role is not Role.DATA:
+            if report:
+                add_log_prob(site)
             if role is Role.SAMPLED:
                 terms.append(kl_term(latent, site, sites[GuideSites.prefix + latent]))
             continue
-        value = site["log_prob"]
+        value = add_log_prob(site)
         if role is Role.GUIDE:
             value = -(value if is_reparameterised(site) else value.detach())
         terms.append(Term(name, role, dims_of(site, value), value, site["scale"]))
-    values = {
-        n.removeprefix(GuideSites.prefix): sites[n]["value"]
-        for n, role in drawn.roles.items()
-        if role in (Role.GUIDE, Role.SAMPLED, Role.POINT)
-    }
     return _with_scores(terms, sites, None, report, values)
 
 

@@ -15,7 +15,7 @@ from pyro_em.variational.pair import Laid, Pair, Routing
 
 
 def laid_out(
-    pair: Model, routing: Routing, args: tuple, kwargs: dict[str, Any], nesting: int | None
+    pair: Pair, routing: Routing, args: tuple, kwargs: dict[str, Any], nesting: int | None
 ) -> Laid:
     """Look at a pair with these arguments.
 
@@ -29,7 +29,6 @@ def laid_out(
     Raises:
         PyroEMError: If the pair cannot be used.
     """
-    assert isinstance(pair, Pair)
     at = at_references(pair, routing)
     structure, problems = look_at_given(at, args, kwargs, nesting)
     if problems:

@@ -19,9 +19,11 @@ from pyro_em.tracing.handlers import (
     OnlySites,
     ScalePlates,
 )
+from pyro_em.tracing.pair_trace import PairTrace
 from pyro_em.tracing.randomness import random_state
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role
+from pyro_em.tracing.whole import LeftWhole, Unvalidated
 from pyro_em.variational.guide import GuideLook
 
 
@@ -54,6 +56,26 @@ class Pair:
             self.record.append(sites)
         with GiveValues(sites.values, self.roles, sites.subsamples):
             return self.model(*args, **kwargs)
+
+    def drawn(
+        self, args: tuple, kwargs: dict[str, Any], factors: Mapping[str, float]
+    ) -> dict[str, dict[str, Any]]:
+        """Run guide and model once, drawing on; parameters stay attached.
+
+        Args:
+            args: The model's positional arguments.
+            kwargs: Its keyword arguments.
+            factors: Per plate what multiplies its sites.
+
+        Returns:
+            The sites of both, by name, those of the guide as ``guide:name``.
+        """
+        tracer = PairTrace(self.shown, self.chosen, self.roles, factors)
+        with LeftWhole(), Unvalidated(), tracer:
+            self.guide(*args, **kwargs)
+            tracer.turn_to_model()
+            self.model(*args, **kwargs)
+        return tracer.trace.nodes
 
 
 @dataclass(frozen=True, eq=False)

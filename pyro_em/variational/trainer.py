@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_em.arguments import whole
 from pyro_em.errors import DegenerateError, UsageError, message, warn
 from pyro_em.portable import StaysHere
-from pyro_em.tracing.parameters import parameters_read
+from pyro_em.tracing.parameters import ParameterRecord
 from pyro_em.tracing.randomness import same_random_state
 from pyro_em.updates.gradients.optimizers import Optimizer, adam
 from pyro_em.updates.update import ClosedForm, Fixed, Gradient, Update
@@ -153,7 +153,7 @@ class Trainer(StaysHere):
         schedule: Alternating | None,
     ) -> float:
         if schedule is None:
-            loss = self._move(args, kwargs, factors, "joint", self.optim, lambda name: True)
+            loss = self._move(args, kwargs, factors, "joint", self.optim)
         else:
             of_guide = set(self.guide_parameters)
             if schedule.guide_steps and not of_guide:
@@ -203,7 +203,7 @@ class Trainer(StaysHere):
         factors: Mapping[str, float] | None,
         label: str,
         optim: Optimizer | pyro.optim.PyroOptim | None,
-        chosen: Callable[[str], bool],
+        chosen: Callable[[str], bool] | None = None,
     ) -> float:
         past, sharing = self.training, self.sharing
         if sharing is None:
@@ -216,15 +216,10 @@ class Trainer(StaysHere):
         if past.stage is Stage.ENTERED:
             past.stage = Stage.FINITE
         wishes = self._wishes_for(tensors)
-        moved = {n: p for n, p in tensors.items() if chosen(n) and p.grad is not None}
-        by_update: dict[str, dict[str, Tensor]] = {}
-        for name, p in moved.items():
-            wish = wishes.get(name)
-            if isinstance(wish, (Fixed, ClosedForm)):
-                continue
-            has_optimizer = isinstance(wish, Gradient) and wish.optimizer is not None
-            first = past.saved_name(_first_with(wish, wishes)) if has_optimizer else ""
-            by_update.setdefault(f"updates:{first}" if has_optimizer else label, {})[name] = p
+        moved = {n: p for n, p in tensors.items() if p.grad is not None}
+        if chosen is not None:
+            moved = {n: p for n, p in moved.items() if chosen(n)}
+        by_update = self._by_update(moved, wishes, label)
         self._require_finite(moved)
         if past.stage is not Stage.MOVED:
             whole = len(by_update) == 1 and past.optimizers.is_one_kernel(label)
@@ -240,18 +235,34 @@ class Trainer(StaysHere):
             p.grad = None
         return loss
 
+    def _by_update(
+        self, moved: dict[str, Tensor], wishes: Mapping[str, Update], label: str
+    ) -> dict[str, dict[str, Tensor]]:
+        """The parameters that move, by the key of their optimiser."""
+        if not wishes:
+            return {label: moved} if moved else {}
+        out: dict[str, dict[str, Tensor]] = {}
+        for name, p in moved.items():
+            wish = wishes.get(name)
+            if isinstance(wish, (Fixed, ClosedForm)):
+                continue
+            has_optimizer = isinstance(wish, Gradient) and wish.optimizer is not None
+            first = self.training.saved_name(_first_with(wish, wishes)) if has_optimizer else ""
+            out.setdefault(f"updates:{first}" if has_optimizer else label, {})[name] = p
+        return out
+
     def _gradients(
         self, args: tuple, kwargs: dict[str, Any], factors: Mapping[str, float] | None
     ) -> tuple[float, dict[str, Tensor]]:
         """The loss of a batch, and the parameters that it read, with its gradient."""
-        with torch.enable_grad(), parameters_read() as parameters:
+        with torch.enable_grad(), ParameterRecord() as record:
             loss = self.variational.loss(
                 args, kwargs, self.num_particles, factors, self.training.baselines
             )
         past = self.training
         if past.stage is Stage.ENTERED and self.sharing is None:
             past.stage = Stage.FINITE
-        tensors = {n: p for n, p in parameters.items() if p.is_floating_point()}
+        tensors = {n: p for n, p in record.found.items() if p.is_floating_point()}
         for p in tensors.values():
             p.grad = None
         if loss.requires_grad:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -52,6 +53,15 @@ class Stepper:
 
     def step(self, parameters: Mapping[str, Tensor]) -> None:
         """Move parameters along their ``grad``, which is kept."""
+        known = self.known
+        if (
+            self.torch_optimizer is not None
+            and self.pending is None
+            and parameters.keys() == known.keys()
+            and all(map(operator.is_, map(known.get, parameters), parameters.values()))
+        ):  # as at the step before
+            self.torch_optimizer.step()
+            return
         moved = {n: p for n, p in parameters.items() if p.grad is not None}
         if isinstance(self.optim, pyro.optim.PyroOptim):
             if self.pending is not None:
