@@ -223,13 +223,14 @@ class Variational(StaysHere):
         total: Tensor | None = None
         drawn = (self.particles(args, kwargs, factors) for _ in range(num_particles))
         for particle in itertools.chain.from_iterable(drawn):
-            bound = particle.bound
-            require_finite(particle, bound)
-            if torch.is_grad_enabled():  # evaluating a bound must not move the baselines
-                bound = bound + score_terms(particle, self.downstream, self.shared, baselines)
-            total = bound if total is None else total + bound
+            loss = particle.loss
+            require_finite(particle, loss)
+            # Evaluating a bound must not move the baselines.
+            if particle.scores and torch.is_grad_enabled():
+                loss = loss - score_terms(particle, self.downstream, self.shared, baselines)
+            total = loss if total is None else total + loss
         assert total is not None
-        return -total if num_particles == 1 else -total / num_particles
+        return total if num_particles == 1 else total / num_particles
 
     def _weighted_bound(
         self, args: tuple, kwargs: dict[str, Any], factors: Mapping[str, float] | None
@@ -242,7 +243,7 @@ class Variational(StaysHere):
         particles = []
         for _ in range(self.weighted):
             particle = self.particle(args, kwargs, factors, analytic=False)
-            require_finite(particle, particle.bound)
+            require_finite(particle, particle.loss)
             particles.append(particle)
         return log_weights(particles, self.bare.data_plate, self.draws_are_local).bound()
 

@@ -16,19 +16,19 @@ from pyro_em.tracing.handlers import GuideSites
 from pyro_em.variational.particle import Particle
 
 
-def require_finite(particle: Particle, bound: Tensor) -> None:
-    """Refuse a bound that is not finite, by the site whose term is not.
+def require_finite(particle: Particle, loss: Tensor) -> None:
+    """Refuse a draw whose loss is not finite, by the site whose term is not.
 
     Raises:
         DegenerateError: If it is not.
     """
-    if math.isfinite(bound.item()):
+    if math.isfinite(loss.item()):
         return
     for t in particle.terms:
         if not bool(torch.isfinite(t.value).all()):
             where = "the sum over exact latents" if t.role is None else _in_words(t.site)
             raise DegenerateError(not_finite(where, float(t.value.detach().sum())))
-    raise DegenerateError(not_finite("model", float(bound.detach())))
+    raise DegenerateError(not_finite("model", -float(loss.detach())))
 
 
 def _in_words(site: str) -> str:

@@ -15,26 +15,39 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
+from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_em.distributions import unwrap
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.sites import Role
 from pyro_em.variational.pair import Routing
-from pyro_em.variational.particle import Term, dims_of, is_reparameterised
+from pyro_em.variational.particle import is_reparameterised
+from pyro_em.variational.summands import Summand
 
 
-def kl_term(name: str, prior: Mapping[str, Any], drawn: Mapping[str, Any]) -> Term:
-    """−KL(q ‖ p) of one latent as a term of the bound.
+def minus_kl(name: str, prior: Mapping[str, Any], drawn: Mapping[str, Any]) -> Summand:
+    """−KL(q ‖ p) of one latent as a summand of the bound.
 
     Args:
         name: The latent.
         prior: Its site in the model.
         drawn: Its site in the guide.
     """
-    kl = kl_divergence(drawn["fn"], prior["fn"])
-    kl = scale_and_mask(kl, prior["scale"], prior["mask"])
-    return Term(f"kl:{name}", Role.SAMPLED, dims_of(prior, kl), -kl)
+    p, q, n = prior["fn"], drawn["fn"], 0
+    if type(p) is dist.Independent and type(q) is dist.Independent:
+        n = p.reinterpreted_batch_ndims
+        if n == q.reinterpreted_batch_ndims and not p.base_dist.event_shape:
+            p, q = p.base_dist, q.base_dist
+        else:
+            n = 0
+    scale = prior["scale"]
+    is_whole = prior["mask"] is None and not isinstance(scale, Tensor) and scale == 1.0
+    kl = kl_divergence(q, p)
+    if not is_whole:
+        kl = kl.flatten(-n).sum(-1) if n else kl
+        kl, n = scale_and_mask(kl, scale, prior["mask"]), 0
+    return Summand(f"kl:{name}", Role.SAMPLED, prior, kl, n, -1)
 
 
 def with_analytic_kl(routing: Routing, structure: Structure) -> frozenset[str]:

@@ -14,7 +14,7 @@ draw's gradient where it is reparameterised; elsewhere they are detached, and th
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from pyro_em.graph.conjugate_children.conjugate_record import NotConjugate
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.gaussian_lines.lines import NotLinear
+from pyro_em.graph.stretches import LaterTuple
 from pyro_em.graph.trace import trace_graph
 from pyro_em.posteriors.answers.posterior import Posterior
 from pyro_em.posteriors.continuous.gaussian_components import NotSeparate
@@ -32,11 +33,11 @@ from pyro_em.posteriors.continuous.gaussian_steps import tables_of
 from pyro_em.posteriors.contraction import contract
 from pyro_em.posteriors.enumeration import contraction_of, scales_of
 from pyro_em.posteriors.exact import exact_posterior
-from pyro_em.tracing.densities import add_log_prob
+from pyro_em.tracing.densities import add_log_prob, elements_of
 from pyro_em.tracing.handlers import GuideSites
 from pyro_em.tracing.runs import Run
 from pyro_em.tracing.sites import Role, is_factor, role_of
-from pyro_em.variational.divergence import kl_term
+from pyro_em.variational.divergence import minus_kl
 from pyro_em.variational.guide import GuideLook
 from pyro_em.variational.integrating import AttachedRun, integrated_run, not_here
 from pyro_em.variational.pair import AtDraw, Laid, Pair
@@ -47,6 +48,7 @@ from pyro_em.variational.particle import (
     dims_of,
     is_reparameterised,
 )
+from pyro_em.variational.summands import Summand, cost_of
 
 _FULL = Weight()
 
@@ -70,8 +72,9 @@ def plain_draw(
         known: Latents whose terms are replaced by their KL divergence in closed form.
     """
     sites = pair.drawn(args, kwargs, factors)
-    terms: list[Term] = []
+    summands: list[Summand] = []
     values: dict[str, Tensor] = {}
+    is_plain = not report
     for name, site in sites.items():
         if not is_factor(site) or (role := role_of(site)) is Role.LATENT:
             continue
@@ -79,17 +82,27 @@ def plain_draw(
         if role is not Role.DATA:
             latent = name.removeprefix(GuideSites.prefix)
             values[latent] = site["value"]
+        follows = role is not Role.GUIDE or is_reparameterised(site)
+        is_plain = is_plain and follows
+        if report or not follows:
+            add_log_prob(site)
         if latent in known and role is not Role.DATA:
-            if report:
-                add_log_prob(site)
             if role is Role.SAMPLED:
-                terms.append(kl_term(latent, site, sites[GuideSites.prefix + latent]))
+                summands.append(minus_kl(latent, site, sites[GuideSites.prefix + latent]))
             continue
-        value = add_log_prob(site)
+        if report or not follows:
+            found = site["log_prob"], 0, 1
+        else:
+            found = elements_of(site)
+        elements, event_dim, sign = found
         if role is Role.GUIDE:
-            value = -(value if is_reparameterised(site) else value.detach())
-        terms.append(Term(name, role, dims_of(site, value), value, site["scale"]))
-    return _with_scores(terms, sites, None, report, values)
+            elements, sign = elements if follows else elements.detach(), -sign
+        summands.append(Summand(name, role, site, elements, event_dim, sign))
+    terms = LaterTuple(lambda: tuple(s.term() for s in summands))
+    cost = cost_of(summands)
+    if is_plain:
+        return Particle(terms, {}, values, cost=cost)
+    return replace(_with_scores(terms, sites, None, report, values), cost=cost)
 
 
 def summed_draw(
@@ -147,7 +160,7 @@ def summed_draw(
     scale = _common_scale(graph)
     for dims, value in contract(plan, flat, scales=scales_of(graph)):
         terms.append(Term("summed", None, dims, value, scale))
-    return _with_scores(terms, sites, graph, report, drawn.values, weight, chosen)
+    return _with_scores(tuple(terms), sites, graph, report, drawn.values, weight, chosen)
 
 
 def drawn_graph(
@@ -203,7 +216,7 @@ def drawn_graph(
 
 
 def _with_scores(
-    terms: list[Term],
+    terms: Sequence[Term],
     sites: Mapping[str, dict[str, Any]],
     graph: FactorGraph | None,
     report: bool,
@@ -213,7 +226,7 @@ def _with_scores(
 ) -> Particle:
     """The terms with the scores of draws that are not reparameterised, as one draw."""
     if weight.parts:
-        terms = [replace(t, value=weight.weigh(t.value, t.dims)) for t in terms]
+        terms = tuple(replace(t, value=weight.weigh(t.value, t.dims)) for t in terms)
     scores, baselines, log_q = {}, {}, 0.0
     for name, site in sites.items():
         if not name.startswith(GuideSites.prefix):
@@ -231,7 +244,7 @@ def _with_scores(
                 dims = dims_of(site, score)
             scores[latent] = Term(latent, Role.GUIDE, dims, score)
             baselines[latent] = site.get("infer", {}).get("baseline", {})
-    return Particle(tuple(terms), scores, values, graph, log_q, baselines, weight)
+    return Particle(terms, scores, values, graph, log_q, baselines, weight)
 
 
 def inner_posterior(

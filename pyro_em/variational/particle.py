@@ -101,19 +101,28 @@ class Particle:
         log_q: log q of the whole draw in nats.
         baselines: The users' baseline options of the sites in ``scores``.
         weight: The weight of the draw where values of the guide are enumerated; ``terms`` have it.
+        cost: Minus the sum of all terms, where it was added up without them. # ()
     """
 
-    terms: tuple[Term, ...]
+    terms: Sequence[Term]
     scores: Mapping[str, Term]
     values: Mapping[str, Tensor]
     graph: FactorGraph | None = None
     log_q: float = 0.0
     baselines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     weight: Weight = Weight()
+    cost: Tensor | None = None
+
+    @property
+    def loss(self) -> Tensor:
+        """Minus the bound, in nats."""
+        return -self.bound if self.cost is None else self.cost
 
     @property
     def bound(self) -> Tensor:
         """The sum of all terms: one unbiased draw of the ELBO in nats."""
+        if self.cost is not None:
+            return -self.cost
         sums = [t.value.sum() for t in self.terms]
         device = next((s.device for s in sums if s.device.type != "cpu"), sums[0].device)
         first, *others = (s.to(device) for s in sums)

@@ -69,7 +69,7 @@ def split(
 
 
 def _split_particle(particle: Particle) -> Split:
-    require_finite(particle, particle.bound)
+    require_finite(particle, particle.loss)
     sums = {Role.DATA: 0.0, Role.POINT: 0.0}
     for t in particle.terms:
         if t.role in sums:
