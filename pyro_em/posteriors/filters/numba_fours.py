@@ -102,6 +102,50 @@ def plus(_: Any, total: Any, x: Any, by: Any) -> Any:
 
 
 @_instruction
+def product(_: Any, x: Any, y: Any) -> Any:
+    """Four numbers times four others, each with its own."""
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.fmul(args[0], args[1], flags=_FAST)
+
+    return _four(x, y), generate
+
+
+@_instruction
+def larger(_: Any, x: Any, y: Any) -> Any:
+    """The larger of four numbers and the magnitudes of four others, each with its own."""
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        out, y = args
+        for other in (y, builder.fneg(y)):
+            out = builder.select(builder.fcmp_ordered(">", other, out), other, out)
+        return out
+
+    return _four(x, y), generate
+
+
+@_instruction
+def plus_product(_: Any, total: Any, x: Any, y: Any) -> Any:
+    """Four numbers and the products of four others with four others."""
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        more = builder.fmul(args[1], args[2], flags=_FAST)
+        return builder.fadd(args[0], more, flags=_FAST)
+
+    return _four(total, x, y), generate
+
+
+@_instruction
+def lane(_: Any, x: Any, i: Any) -> Any:
+    """One of four numbers."""
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.extract_element(args[0], args[1])
+
+    return types.float64(x, types.intp), generate
+
+
+@_instruction
 def apart(_: Any) -> Any:
     """Called by a function that is to stay a function: where it is called, it is not copied to.
 

@@ -20,6 +20,7 @@ from pyro_em.posteriors.filters.numba_kalman import (
     reflect,
     settle,
 )
+from pyro_em.posteriors.filters.numba_kalman_small import down_in_fours, is_small
 
 HALF_LOG_TWO_PI = 0.5 * np.log(2.0 * np.pi)
 
@@ -196,7 +197,7 @@ def backward_memory(M: int, D: int, n: int, k: int) -> int:
     """
     told, wide = D + n, k + n
     rows = told * (n + told + 3) + wide * (wide + told + 3) + 2 * n * n + M * (told + n)
-    return rows + 2 * (told + k + 3) + (wide + 3) * told
+    return rows + 2 * (told + k + 3) + (wide + 3) * told + 8 * D + 40
 
 
 @compiled_in_order
@@ -254,6 +255,7 @@ def backward(
     blocks = (wide + 3) // 4
     end = at + 4 * blocks * told
     turn = slab[at:end].reshape((blocks, told, 4))
+    fours, _ = matrix(slab, end, 2 * D + 10, 4)
     m, gained = both[0, :n], both[1, :n]
     drifting = T if len(near) > 0 else drifts_until(drift)
     steady, kept, last_place, size, sizes = False, False, len(pull), 0.0, 0.0
@@ -277,8 +279,13 @@ def backward(
         known = steady and kept and alike
         if known and whole and t >= drifting:
             first = _first_alike(dynamics, measurement, seen, max(drifting, 1), t)
+            small = is_small(D, n, k, t + 1 - first)
             for j in range(M):
-                far = max(far, _down(turn, scale, value[j], shift[j], zeta[j], first, t, both))
+                x, g_, z = value[j], shift[j], zeta[j]
+                if small:
+                    far = max(far, down_in_fours(turn, scale, x, g_, z, first, t, fours))
+                else:
+                    far = max(far, _down(turn, scale, x, g_, z, first, t, both))
             for s in range(first, t + 1):
                 place[s] = last_place
             nats += own_nats * (t + 1 - first)

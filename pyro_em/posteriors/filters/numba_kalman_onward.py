@@ -18,6 +18,7 @@ from pyro_em.posteriors.filters.numba_kalman import (
     next_look,
     settle,
 )
+from pyro_em.posteriors.filters.numba_kalman_small import along_in_fours, is_small
 
 _MANY = 8  # like steps that are worth a loop of their own
 _TOGETHER = 8  # chains that are gone through step by step, so that the cache holds what is near
@@ -207,7 +208,7 @@ def _along(
 def follow_memory(M: int, D: int, n: int, k: int) -> int:
     """How many numbers `follow` writes over: see `pyro_em.posteriors.filters.numba_kalman_backward`."""
     fours = (k + 3) * n + (n + 3) * (k + n) + (D + 3) * n
-    return M * n + 4 * (max(n, k, D) + 3) + n * n + fours
+    return M * n + 4 * (max(n, k, D) + 3) + n * n + fours + 8 * D + 80
 
 
 @compiled_in_order
@@ -258,6 +259,7 @@ def follow(
     delta, at = matrix(slab, np.int64(0), M, n)
     both, at = matrix(slab, at, 4, max(n, k, D) + 3)
     phi, at = matrix(slab, at, n, n)
+    fours, at = matrix(slab, at, 2 * D + 20, 4)
     epsilon, moved, m, gained = both[0, :k], both[1, :n], both[2, :n], both[3, :n]
     for j in range(M):
         squares[j] = 0.0
@@ -282,6 +284,25 @@ def follow(
                         for l in range(k):
                             total -= g[i, l] * E[l, c]
                         phi[i, c] = total
+                if is_small(D, n, k, end - t):
+                    for j in range(begin, stop):
+                        squares[j] += along_in_fours(
+                            E,
+                            g,
+                            phi,
+                            h,
+                            w[v],
+                            value[j],
+                            shift[j],
+                            delta[j],
+                            states[j],
+                            disturbance[j],
+                            t,
+                            end,
+                            fours,
+                        )
+                    t = end
+                    continue
                 of_E, place_of_G = _in_fours(E[:k], slab, at)
                 of_G, place_of_F = _in_fours(g, slab, place_of_G)
                 of_F, place_of_H = _in_fours(phi, slab, place_of_F)
