@@ -434,6 +434,10 @@ def with_a_break(space: StateSpace) -> StateSpace:
     return replace(space, dynamics=dynamics)
 
 
+def with_one_noise(space: StateSpace) -> StateSpace:
+    return replace(space, noise=space.noise[..., :1].contiguous())
+
+
 LONG: dict[str, Callable[[], StateSpace]] = {
     "steady": long,
     "steady, chains": lambda: long(chains=9),
@@ -443,6 +447,8 @@ LONG: dict[str, Callable[[], StateSpace]] = {
     "break": lambda: with_a_break(long()),
     "slow": lambda: long(slow=0.999),
     "more than four numbers": lambda: with_gaps(long(n=6, D=5, chains=2)),
+    "four numbers": lambda: with_gaps(long(n=4, D=4)),
+    "six data of one noise": lambda: with_one_noise(long(D=6, chains=2)),
     "condensed": lambda: long(D=7),
     "condensed, gaps": lambda: with_gaps(long(D=7, chains=2)),
     "own drift": lambda: replace(long(chains=2), drift=random(31, T=300, own=True).drift),

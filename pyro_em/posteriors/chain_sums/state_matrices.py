@@ -22,6 +22,7 @@ from pyro_em.posteriors.chain_sums.state_sites import Site, indices
 from pyro_em.posteriors.chain_sums.state_sums import SiteNumbers
 from pyro_em.posteriors.filters.condensed import stays_wide
 from pyro_em.posteriors.filters.kalman import compiles, smoothed
+from pyro_em.posteriors.filters.kalman_groups import Group
 from pyro_em.posteriors.filters.state_space import Smoothed, SmoothedArrays, StateSpace
 from pyro_em.posteriors.states.state_layout import StateLayout
 
@@ -95,11 +96,11 @@ class ChainNumbers:
         """Their E-step."""
         if self.of.steps is None or not self.is_compiled:
             return smoothed(self.space)
-        from pyro_em.posteriors.filters.kalman_compiled import Group, smoothed_group
+        from pyro_em.posteriors.filters.kalman_compiled import smoothed_group
 
         A, drift, G, H, s, value = (np.ascontiguousarray(x) for x in self.arrays)
-        own = s[0], A[0], G[0], H[0], 1.0 / s[0]
-        return smoothed_group(Group(*own, *self.of.steps, value, drift))
+        s = s[0]
+        return smoothed_group(Group(s, A[0], G[0], H[0], 1.0 / s, *self.of.steps, value, drift))
 
 
 TRANSITION, DRIFT, NOISE, LOADING, DEVIATION, DATA = range(6)
@@ -246,7 +247,7 @@ class ChainMatrices:
     def steps(self) -> tuple[Places, Places, NDArray[np.bool_]] | None:
         """Which matrices each step has, and what is seen; None where chains differ, or data are many.
 
-        See `pyro_em.posteriors.filters.kalman_compiled.Group`.
+        See `pyro_em.posteriors.filters.kalman_groups.Group`.
         """
         D, n = self.bare[LOADING].shape[-2:]
         seen = np.ones((1, 1, D), np.bool_) if self.seen is None else self.seen.numpy()

@@ -80,9 +80,11 @@ def smoothed(space: StateSpace) -> Smoothed:
         >>> smoothed(_example()).mean.flatten()
         tensor([0.6000, 0.8000], dtype=torch.float64)
     """
-    if _is_differentiated(space):
-        return smoothed_by_moments(space)
-    here = _on(space, _CPU)
+    here = space
+    if not _is_at_hand(space):
+        if _is_differentiated(space):
+            return smoothed_by_moments(space)
+        here = _on(space, _CPU)
     narrow, nats = condensed(here)
     found = _way(narrow).smoothed(narrow)
     if nats is not None:
@@ -218,6 +220,11 @@ def _on(x: _T, device: torch.device) -> _T:
         return x
     found = {f.name: getattr(x, f.name) for f in fields(x)}
     return replace(x, **{k: t if t is None else t.to(device) for k, t in found.items()})
+
+
+def _is_at_hand(space: StateSpace) -> bool:
+    """Whether all numbers are on the CPU, and no derivative can be asked for."""
+    return all(x is None or (x.is_cpu and not x.requires_grad) for x in vars(space).values())
 
 
 def _is_differentiated(space: StateSpace) -> bool:

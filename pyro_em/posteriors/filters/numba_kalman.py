@@ -90,7 +90,9 @@ def inside_in_order(function: Callable[..., Any]) -> Any:
 
 def _compiled(function: Callable[..., Any], fast: set[str], options: dict[str, Any]) -> Any:
     make: Any = numba.njit
-    decorator = make(fastmath=fast, error_model="numpy", cache=True, nogil=True, **options)
+    decorator = make(
+        fastmath=fast, error_model="numpy", cache=True, nogil=True, _nrt=False, **options
+    )
     return decorator(keyed(function, _KEY))
 
 

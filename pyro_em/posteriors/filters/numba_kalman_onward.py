@@ -46,18 +46,21 @@ def onward(
         dynamics: # (T,)
         pull: From `backward`; it may be the memory of `transition`. # (room, k or more, n)
         factor: From `backward`; it may be the memory of `noise`. # (room, k or more, k or more)
-        place: From `backward`. # (T,)
+        place: From `backward`; then counted from the first of the places. # (T,)
         covariance: Where P goes, those that differ one after the other. # (room, n, n)
         which: Where it goes which P a step has. # (T,)
         transition: Where Φ goes, at the places of E; zero at first. # (room, n, n)
         noise: Where C goes, at the places of W. # (room, n, n)
-        slab: Zeros. # (n k + 3 n²,)
+        slab: Memory. # (n k + 3 n²,)
     """
     T, n, k = len(place), G.shape[1], G.shape[2]
     J, at = matrix(slab, np.int64(0), n, k)
     half, at = matrix(slab, at, n, n)
     last, at = matrix(slab, at, n, n)
     before, at = matrix(slab, at, n, n)
+    for i in range(n):
+        for c in range(n):
+            last[i, c], before[i, c] = 0.0, 0.0
     steady, count, alikes, look = False, 0, 0, 0
     for t in range(T):
         alike = t > 1 and place[t] == place[t - 1]
@@ -108,6 +111,9 @@ def onward(
         if alikes == 0 or alikes == look:
             steady = settle(P, last, n, SAME) and alike
             look = next_look(alikes)
+    first = place[0]
+    for t in range(T):
+        place[t] -= first
     return count
 
 
@@ -222,14 +228,14 @@ def follow(
     seen: np.ndarray,
     value: np.ndarray,
     drift: np.ndarray,
-    drifting: int,
+    totals: np.ndarray,
     near: np.ndarray,
     pull: np.ndarray,
     place: np.ndarray,
     shift: np.ndarray,
     states: np.ndarray,
     disturbance: np.ndarray,
-    squares: np.ndarray,
+    evidence: np.ndarray,
     slab: np.ndarray,
 ) -> None:
     """Means of the states given all data, or draws.
@@ -244,14 +250,14 @@ def follow(
         seen: Of each step, or of all. # (T|1, D)
         value: # (M, T, D)
         drift: # (M|1, T, n)
-        drifting: After how many steps states are measured from zero, and nothing drifts.
+        totals: From `backward`. # (4,)
         near: What states are measured from, as for `backward`. # (M, T, n)
         pull: From `backward`. # (room, k or more, n)
         place: From `backward`. # (T,)
         shift: From `backward`, with or without noise. # (M, T, k)
         states: Where they go. # (M, T, n)
         disturbance: Where G ε goes; it may be the memory of `shift`. # (M, T, n)
-        squares: Where squares of all noises go. # (M,)
+        evidence: Where nats go; those at the mode of all noises if `shift` is their mean. # (M,)
         slab: Memory for as many numbers as `follow_memory` says.
     """
     M, T, D = value.shape
@@ -261,8 +267,9 @@ def follow(
     phi, at = matrix(slab, at, n, n)
     fours, at = matrix(slab, at, 2 * D + 20, 4)
     epsilon, moved, m, gained = both[0, :k], both[1, :n], both[2, :n], both[3, :n]
+    drifting = np.int64(totals[3])
     for j in range(M):
-        squares[j] = 0.0
+        evidence[j] = 0.0  # squares of all noises
         for i in range(n):
             delta[j, i] = 0.0
     for begin in range(0, M, _TOGETHER):
@@ -286,7 +293,7 @@ def follow(
                         phi[i, c] = total
                 if is_small(D, n, k, end - t):
                     for j in range(begin, stop):
-                        squares[j] += along_in_fours(
+                        evidence[j] += along_in_fours(
                             E,
                             g,
                             phi,
@@ -308,7 +315,7 @@ def follow(
                 of_F, place_of_H = _in_fours(phi, slab, place_of_F)
                 of_H, _ = _in_fours(h, slab, place_of_H)
                 for j in range(begin, stop):
-                    squares[j] += _along(
+                    evidence[j] += _along(
                         of_E,
                         of_G,
                         of_F,
@@ -363,5 +370,7 @@ def follow(
                                 then += h[d, i] * moved[i]
                             e = (e - then) * w[v, d]
                             total += e * e
-                    squares[j] += total
+                    evidence[j] += total
                 t += 1
+    for j in range(M):
+        evidence[j] = -0.5 * (evidence[j] + totals[0]) - totals[1]
