@@ -83,6 +83,13 @@ def in_units(space: StateSpace, units: list[float]) -> StateSpace:
     )
 
 
+def little_noise(space: StateSpace, noise: float, offset: float) -> StateSpace:
+    """The same with steps after the first one that hardly move, and data far from what they say."""
+    less = space.noise.clone()
+    less[:, 1] *= noise
+    return replace(space, noise=less, value=space.value + offset)
+
+
 SHORT: dict[str, Callable[[], StateSpace]] = {
     "plain": chain,
     "few steps count": lambda: chain(1, radius=0.3, deviation=0.3),
@@ -128,6 +135,7 @@ LONG: dict[str, Callable[[], StateSpace]] = {
     "near a unit root": lambda: walk(1e-3, radius=0.9999),
     "a first state that is never forgotten": lambda: walk(1e-6, T=100, radius=0.9),
     "data that say nothing": lambda: chain(deviation=1e10),
+    "little noise, far away": lambda: little_noise(chain(30, 300, D=1, radius=0.8), 1e-4, 1e3),
     "many numbers": lambda: chain(22, 70, n=8, D=3),
 }
 
@@ -200,12 +208,23 @@ def test_numpy_takes_it_and_data_stay() -> None:
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("n, steps", [(1, 100), (2, 7), (3, 50), (30, 9)])
-def test_scans(n: int, steps: int) -> None:
+@pytest.mark.parametrize(
+    "n, steps, radius, reach",
+    [
+        (1, 100, 0.9, 100),
+        (2, 7, 0.9, 7),
+        (3, 50, 0.9, 50),
+        (30, 9, 0.9, 9),
+        (3, 50, 0.05, 13),
+        (30, 9, 0.01, 8),
+        (2, 300, 0.2, 25),
+    ],
+)
+def test_scans(n: int, steps: int, radius: float, reach: int) -> None:
     generator = np.random.default_rng(n)
-    F = 0.9 * np.linalg.qr(generator.normal(size=(n, n)))[0]
+    F = radius * np.linalg.qr(generator.normal(size=(n, n)))[0]
     powers = np.stack([np.linalg.matrix_power(F, k) for k in range(ConstantScans.least(n))])
-    scans = ConstantScans(powers, steps)
+    scans = ConstantScans(powers, steps, reach)
     assert steps <= scans.steps < 1.3 * steps + 4
     b = generator.normal(size=(2, scans.steps, n))
     forward, backward = b.copy(), b.copy()

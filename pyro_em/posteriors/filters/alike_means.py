@@ -24,7 +24,7 @@ _ROOM = 1 << 14  # numbers of chains whose means are found together
 def means_of(numbers: Numbers, steady: Steady, end: End) -> tuple[_Floats, _Floats, _Floats] | None:
     """States # (chains, T, n), G ε # (chains, T, n) and the squares of all noises # (chains,)."""
     (chains, T, D), n = numbers.value.shape, len(numbers.A)
-    scans = ConstantScans(steady.powers, T)
+    scans = ConstantScans(steady.powers, T, steady.reach)
     many = max(1, _ROOM // (T * max(n, D)))
     if chains <= many:
         return _of_few(numbers, steady, end, scans)
@@ -49,7 +49,7 @@ def _of_few(
     y, drift = numbers.value, numbers.drift
     told, states, own = _found(numbers, steady, end, scans, y, drift, None)
     rows, first, whole = states.reshape(-1, len(A)), own, states
-    squares = (rows.T @ rows).diagonal() / np.maximum(steady.covariance.diagonal(), 1e-300)
+    squares = rows.T.dot(rows).diagonal() / np.maximum(steady.covariance.diagonal(), 1e-300)
     far = math.sqrt(max(squares.tolist()) / len(rows))
     error = 1e-16 * end.loss * steady.back * far
     if not error <= _LOST:
@@ -63,12 +63,12 @@ def _of_few(
         y = y - states @ numbers.loading.T
         told, states, own = _found(numbers, steady, end, scans, y, gained, own)
         first, whole = first + own, whole + states
-    epsilon = told @ steady.gain
-    epsilon[:, 1:] -= (states @ steady.pull)[:, :-1]
+    epsilon = _product(told, steady.gain)
+    epsilon[:, 1:] -= _product(states, steady.pull)[:, :-1]
     epsilon[:, 0] = first
-    disturbance = epsilon @ _turned(G)
+    disturbance = _product(epsilon, _turned(G))
     disturbance[:, 0] = first @ first_G.T
-    left = _scaled(y - states @ _turned(numbers.loading), numbers.precise)
+    left = _scaled(y - _product(states, _turned(numbers.loading)), numbers.precise)
     return whole, disturbance, _squares(epsilon) + _squares(left)
 
 
@@ -100,19 +100,19 @@ def _found(
     if moves:
         told[:, :T] -= drift @ steady.information
     told = scans.backward(told)
-    states = told @ steady.noise
+    states = _product(told, steady.noise)
     states[:, 0] = _first(numbers, steady, told, near) @ first.T
     if moves:
         states[:, :T] += drift
     states = scans.forward(states)
     # What was supposed of the last state is taken back.
     told, states = told[:, :T], states[:, :T]
-    pull = states[:, -1] @ end.M
-    more = (pull @ end.toward).reshape(chains, -1, n)
+    pull = states[:, -1].dot(end.M)
+    more = pull.dot(end.toward).reshape(chains, -1, n)
     many = more.shape[1]
     told[:, T - many :] += more
     if steady.back < T:
-        states[:, T - many :] += more @ P
+        states[:, T - many :] += _product(more, P)
     else:
         own = along(steady, np.arange(T - many, T))
         states[:, T - many :] += (more.swapaxes(0, 1) @ own).swapaxes(0, 1)
@@ -121,8 +121,8 @@ def _found(
 
 def _first(numbers: Numbers, steady: Steady, told: _Floats, near: _Floats | None) -> _Floats:
     """ε of the first step, from what it is measured from. # (chains, k)"""
-    pull = told[:, 0] @ numbers.G[1]
-    return (pull if near is None else pull - near) @ steady.first
+    pull = told[:, 0].dot(numbers.G[1])
+    return (pull if near is None else pull - near).dot(steady.first)
 
 
 def _turned(x: _Floats) -> _Floats:
@@ -132,7 +132,12 @@ def _turned(x: _Floats) -> _Floats:
 
 def _scaled(x: _Floats, by: _Floats) -> _Floats:
     """Columns times numbers; short rows are quicker as a product of matrices."""
-    return x @ np.diag(by) if len(by) <= _SHORT else x * by
+    return _product(x, np.diag(by)) if len(by) <= _SHORT else x * by
+
+
+def _product(x: _Floats, by: _Floats) -> _Floats:
+    """Of all rows at once. # (chains, T, ·)"""
+    return x.reshape(-1, x.shape[-1]).dot(by).reshape(*x.shape[:-1], -1)
 
 
 def _squares(x: _Floats) -> _Floats:

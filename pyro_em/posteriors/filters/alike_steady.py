@@ -23,6 +23,7 @@ _PRECISE = 1e3  # how much data may tell of a state beside what is known without
 _VAGUE = 1e4  # the same of the first state, whose noise is its own
 _LOSS = 1e5  # how many times the errors of rounding those of results may be
 _SAME = 1e-16  # changes that are none
+_NOTHING = 1e-36  # squares of a matrix that adds nothing to what it is added to
 _STEADY = 1e-12  # how near a fixed point has to be found
 _FIXED = 1e-14  # how near is as near as rounding allows
 _AGAIN = 3  # steps of the recursion that may bring it so near
@@ -105,6 +106,7 @@ class Steady(NamedTuple):
         fore: After how many steps the first state makes no difference.
         back: How many steps before the last one it makes none that no data follow; there are twice as
             many powers.
+        reach: After how many steps a sum of all steps before loses nothing without them; T if none.
     """
 
     information: _Floats
@@ -123,6 +125,7 @@ class Steady(NamedTuple):
     covariances: _Floats
     fore: int
     back: int
+    reach: int
 
     @classmethod
     def of(cls, numbers: Numbers) -> Steady | None:
@@ -140,10 +143,9 @@ class Steady(NamedTuple):
         fixed = _Fixed.of(A, G, J, found.information)
         if fixed is None:
             return None
-        F, N = fixed.transition, fixed.later
-        first = fixed.roots[1].T.dot(fixed.roots[1])
+        F, N, C, start = fixed.transition, fixed.later, fixed.noise, fixed.start
         widest = np.sqrt(size).dot(np.abs(G[1]))
-        vague = max(((1.0 + widest * widest) * first.diagonal()).tolist())
+        vague = max(((1.0 + widest * widest) * fixed.first.diagonal()).tolist())
         if not vague <= _VAGUE:
             return None
         # Given all earlier data, what is told by all later ones, and by a state's own alone.
@@ -153,8 +155,6 @@ class Steady(NamedTuple):
         both += eye
         P, filtered = np.linalg.solve(both, Y)
         later, own = np.linalg.slogdet(both)[1].tolist()
-        half = fixed.half
-        C, start = half @ half.swapaxes(-1, -2)
         P = F.dot(P).dot(F.T) + C
         end = N + N.dot(filtered).dot(N)
         # Rows of Fᵏ in units of what is known of each state, and how small they have to be.
@@ -165,9 +165,11 @@ class Steady(NamedTuple):
         if not known > 0.0:  # states without noise, or that no later data tell of
             return None
         least = max(min(spread), 1e-4 * most)
-        limits = _SAME * least / (sum(initial) + sum(spread)), _SAME / known
+        limits = _SAME * least / (sum(initial) + sum(spread)), _SAME / known, _NOTHING
         units = (size[:, None] * per).reshape(-1)
-        powers, fore, back = _powers(F, units, limits, T, found.doublings)
+        powers, (fore, back, reach) = _powers(F, units, limits, T, found.doublings)
+        if fore + back >= T:  # no step is like another
+            fore = back = T
         return cls(
             fixed.information,
             N,
@@ -177,7 +179,7 @@ class Steady(NamedTuple):
             (end + end.T) / 2,
             fixed.gain,
             fixed.pull,
-            first,
+            fixed.first,
             fixed.sizes,
             own - later,
             max(1.0, told**1.5, vague),
@@ -185,6 +187,7 @@ class Steady(NamedTuple):
             _covariances(powers[: min(fore + 1, T)], C, start),
             fore,
             back,
+            reach,
         )
 
 
@@ -195,20 +198,22 @@ class _Fixed(NamedTuple):
         information: Λ. # (n, n)
         later: N. # (n, n)
         transition: F. # (n, n)
-        roots: R with R'R = (I + G'ΛG)⁻¹. # (2, k, k)
-        half: G R'. # (2, n, k)
+        noise: C. # (n, n)
+        start: P of the first state. # (n, n)
         gain: # (n, k)
         pull: # (n, k)
-        sizes: log det(I + G'ΛG).
+        first: (I + G'ΛG)⁻¹ of the first step. # (k, k)
+        sizes: log det(I + G'ΛG), that of each step but the first, and of the first one.
     """
 
     information: _Floats
     later: _Floats
     transition: _Floats
-    roots: _Floats
-    half: _Floats
+    noise: _Floats
+    start: _Floats
     gain: _Floats
     pull: _Floats
+    first: _Floats
     sizes: list[float]
 
     @classmethod
@@ -222,9 +227,9 @@ class _Fixed(NamedTuple):
         for _ in range(_AGAIN):
             matrix = Gt @ near @ G
             matrix += eye
-            roots = np.linalg.inv(np.linalg.cholesky(matrix))
-            half = G @ roots.swapaxes(-1, -2)
-            gain = half[0].dot(roots[0])
+            inverse = np.linalg.solve(matrix, eye)
+            gains = G @ inverse
+            gain = gains[0]
             pull = A.T.dot(near.dot(gain))
             F = A - G[0].dot(pull.T)
             later = F.T.dot(near).dot(F) + pull.dot(pull.T)
@@ -236,25 +241,26 @@ class _Fixed(NamedTuple):
                 break
         if not change <= _STEADY**2:
             return None
-        sizes = [-2 * sum(map(math.log, x)) for x in roots.diagonal(0, 1, 2).tolist()]
-        return cls(near, later, F, roots, half, gain, pull, sizes)
+        sizes = np.linalg.slogdet(matrix)[1].tolist()
+        C, start = gains @ Gt
+        return cls(near, later, F, C, start, gain, pull, inverse[1], sizes)
 
 
 def _powers(
-    F: _Floats, units: _Floats, limits: tuple[float, float], T: int, doublings: int
-) -> tuple[_Floats, int, int]:
-    """Powers of F, and after how many their squares in these units are below the limits.
+    F: _Floats, units: _Floats, limits: tuple[float, float, float], T: int, doublings: int
+) -> tuple[_Floats, list[int]]:
+    """Powers of F, and after how many their squares in these units are below each limit.
 
     Args:
         F: # (n, n)
         units: # (n · n,)
-        limits: Of differences that the first state makes, and that the last one makes.
+        limits: Of differences that the first state makes, that the last one makes, and of sums.
         T: Steps.
         doublings: 2 to the power of it, and one more, are about as many as are needed.
 
     Returns:
-        The powers, twice as many as the second number at least. Both numbers are T where no step is
-        like another.
+        More powers than the first number, and than twice the second one, unless there are T. No number
+        is larger than T.
     """
     n = len(F)
     room = max(min(2 << doublings, 1 << T.bit_length()), ConstantScans.least(n))
@@ -266,19 +272,17 @@ def _powers(
             np.matmul(now, far, out=powers[many : 2 * many].reshape(-1, n))
             many, far = 2 * many, far.dot(far)
         sizes = np.square(powers.reshape(room, -1)).dot(units)[::-1]
-        # One is not below them.
-        fore = min(T, room - int((sizes > limits[0]).argmax()))
-        back = min(T, room - int((sizes > limits[1]).argmax()))
-        if room >= T or max(fore, 2 * back) <= room - 1:
-            break
+        # One is not below them; what the last one exceeds is not known.
+        last = [room - int((sizes > limit).argmax()) for limit in limits]
+        if room >= T or max(last[0], 2 * last[1]) < room:
+            return powers, [T if x == room else min(T, x) for x in last]
         powers, room = np.concatenate((powers, np.empty_like(powers))), 2 * room
-    return (powers, T, T) if fore + back >= T else (powers, fore, back)
 
 
 def _covariances(powers: _Floats, C: _Floats, first: _Floats) -> _Floats:
     """P_k = Fᵏ P₀ F'ᵏ + C + F C F' + … from the first state's on. # (K, n, n)"""
     n = len(C)
-    moved = powers.reshape(-1, n) @ np.concatenate((C, first), 1)
+    moved = powers.reshape(-1, n).dot(np.concatenate((C, first), 1))
     sides = moved.reshape(-1, n, 2, n).transpose(2, 0, 1, 3)
     sums, own = sides @ powers.swapaxes(-1, -2)
     own[1:] += np.add.accumulate(sums[:-1])

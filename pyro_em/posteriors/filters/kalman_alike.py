@@ -74,7 +74,7 @@ def _covariances(T: int, steady: Steady, end: End) -> tuple[_Floats | _Ints, ...
     F, C, P, back = steady.transition, steady.noise, steady.covariance, steady.back
     n, many, last = len(F), min(steady.fore + 1, T - back), min(back, T - 1)
     powers = steady.powers[: last + 1]
-    moved = (powers.reshape(-1, n) @ P).reshape(powers.shape)  # Fᵏ P
+    moved = powers.reshape(-1, n).dot(P).reshape(powers.shape)  # Fᵏ P
     toward = moved[:back] if back < T else powers @ end.covariances
     covariance = np.empty((1, many + back, n, n))
     covariance[0, :many] = steady.covariances[:many]
@@ -85,13 +85,14 @@ def _covariances(T: int, steady: Steady, end: End) -> tuple[_Floats | _Ints, ...
     kind[0, 0], kind[0, 1 : T - last], kind[0, T - last :] = 0, 1, order[2 : last + 2]
     # As C + … + Fᵏ C F'ᵏ = P − Fᵏ⁺¹ P F'ᵏ⁺¹, what is inverted is that of M, and the second of them.
     M, here = steady.end, powers[:last]
-    left = M @ (moved[1:] @ _t(powers[1:]))
+    left = (moved[1:] @ _t(powers[1:])).reshape(-1, n).dot(M).reshape(here.shape)
     left += np.eye(n)
-    change = (C @ _t(here) @ np.linalg.solve(left, M) @ here).reshape(-1, n)
+    toward = here.reshape(-1, n).dot(C).reshape(here.shape)
+    change = (_t(toward) @ (np.linalg.solve(_t(left), M) @ here)).reshape(-1, n)
     transition, noise = np.empty((2, 1, last + 2, n, n))
     transition[0, 0], transition[0, 1], noise[0, 0], noise[0, 1] = 0.0, F, covariance[0, 0], C
-    np.add(F, (change @ F).reshape(last, n, n)[::-1], out=transition[0, 2:])
-    np.add(C, (change @ C).reshape(last, n, n)[::-1], out=noise[0, 2:])
+    np.add(F, change.dot(F).reshape(last, n, n)[::-1], out=transition[0, 2:])
+    np.add(C, change.dot(C).reshape(last, n, n)[::-1], out=noise[0, 2:])
     return covariance, which, transition, noise, kind
 
 
