@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyro_em.graph.coupling import Coupling
 from pyro_em.graph.unregistered import Unregistered
 from pyro_em.portable import Portable
+from pyro_em.tracing.allocation import is_shadow
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.sites import Role
 
@@ -76,6 +78,7 @@ class Structure(Portable):
         unobserved: The unobserved sites as the plain run traced them.
         edges: Pairs (parent, child): the child's distribution uses the value of the parent.
         unchecked: Whether the run had no numbers, so that no distribution checked its arguments.
+        device: Where tensors are in whose place it had none; None where it had numbers.
         coupled: Per latent whose elements in a plate are read by other elements, where.
         unregistered: Tensors that require gradients, reach a density and are no parameters.
         looked: The sites of the provenance run, which an enumerated run has to agree with; None
@@ -114,6 +117,7 @@ class Structure(Portable):
     series: Any = None
     lines: frozenset[str] = frozenset()
     joined: frozenset[str] = frozenset()
+    device: torch.device | None = None
 
     def _travelling(self) -> dict[str, Any]:
         # What only runs of the model need: traced sites, values of barren latents.
@@ -121,6 +125,12 @@ class Structure(Portable):
 
     def _staying(self) -> dict[str, Any]:
         return self._travelling()
+
+    def nothing_like(self, name: str) -> Tensor:
+        """No numbers, of the type and on the device of an unobserved site's values. # (0,)"""
+        value = self.unobserved[name]["value"].detach()
+        device = self.device if is_shadow(value) else value.device
+        return torch.empty(0, dtype=value.dtype, device=device)
 
     @property
     def as_run(self) -> Structure:

@@ -172,7 +172,7 @@ def at_units(
                 what = "it is observed in part (obs_mask): give what is known a site of its own."
             raise refused(name, f"site '{name}'", what)
         kernels[name] = kernel
-        values[name] = kernel.units(site["value"].shape, site["value"].detach())
+        values[name] = kernel.units(site["value"].shape, run.nothing_like(name))
     return (GivenConjugates(model, values), kernels) if values else None
 
 

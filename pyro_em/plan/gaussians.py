@@ -67,13 +67,12 @@ def _unobserved_parts(structure: Structure) -> set[str]:
 
 def _zeros(name: str, site: Mapping[str, Any], structure: Structure) -> torch.Tensor:
     """Zeros in place of a latent's value, at all steps of a loop that runs over indices."""
-    value, fn = site["value"], site["fn"]
-    shape = list(value.shape)
+    fn, shape = site["fn"], list(site["value"].shape)
     place = None if structure.series is None else structure.series.places.get(name)
     if place is not None and place.shift is not None:
         loop = structure.series.loops[place.loop]
         shape[len(shape) - fn.event_dim + loop.dim] = loop.rest
-    return torch.zeros(shape, dtype=value.dtype, device=value.device)
+    return structure.as_run.nothing_like(name).new_zeros(shape)
 
 
 def is_integrable(site: Mapping[str, Any]) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from pyro_em.distributions import has_finite_support
@@ -113,7 +112,9 @@ class _Unobserved(StaysHere):
         own = [n for n in bare.latents if is_gaussian(bare.unobserved[n]["fn"])]
         names = own if isinstance(program.model, GivenGaussians) else []
         names += _with_ancestors(bare, sites)  # of each step: this run is one over integers
-        values = {n: torch.zeros_like(bare.unobserved[n]["value"]) for n in names}
+        values = {
+            n: bare.nothing_like(n).new_zeros(bare.unobserved[n]["value"].shape) for n in names
+        }
         found = integrating(task, GivenGaussians(model, values), bare)
         if found is None:
             what = "the model has other sites when its latents have values."

@@ -233,6 +233,23 @@ def counts(x: Tensor) -> None:
         pyro.sample("x", dist.Multinomial(5, p[z]), obs=y)
 
 
+def scaled(x: Tensor) -> None:
+    mu = pyro.param("mu", torch.tensor([0.0, 3.0]))
+    nu = pyro.param("nu", torch.tensor([4.0, 8.0]), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+        w = pyro.sample("w", dist.Gamma(nu[z] / 2, nu[z] / 2))
+        pyro.sample("x", dist.Normal(mu[z], w.rsqrt()), obs=x)
+
+
+def with_heights(x: Tensor) -> None:
+    mu = pyro.param("mu", torch.tensor([0.0, 3.0]))
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+        h = pyro.sample("h", dist.Normal(mu[z], 1.0))
+        pyro.sample("x", dist.Normal(h, 0.5), obs=x)
+
+
 MODELS = [
     gaussians,
     masked,
@@ -268,7 +285,7 @@ def test_shadows_show_the_same_model(model: Callable[..., None]) -> None:
     assert not any(v.is_meta for v in seen.kept_values.values())
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda m: m.__name__)
+@pytest.mark.parametrize("model", [*MODELS, scaled, with_heights], ids=lambda m: m.__name__)
 def test_shadows_change_no_bit_of_a_fit(model: Callable[..., None]) -> None:
     plain = ExactPosteriorEM(model)
     expected = plain.fit(X, max_steps=4, tol=0)

@@ -240,6 +240,7 @@ def _findings(
             or unused - {f"{n}_unobserved" for n in masked_pairs}
         ),
         joined=(tagged.joined | tagged.read) & latents.keys(),
+        device=None if plain.shadows is None else plain.shadows.device,
     )
     of_parameters = parameter_problems(plain)
     if of_parameters and has_bad_parameters(plain):
