@@ -29,6 +29,7 @@ from pyro_em.posteriors.chains.step_chain import StepChain
 from pyro_em.posteriors.continuous.collapsed import collapsed_rows
 from pyro_em.posteriors.continuous.conjugate_rows import conjugate_rows
 from pyro_em.posteriors.continuous.factor_rows import factor_rows
+from pyro_em.posteriors.continuous.table_rows import table_rows
 from pyro_em.posteriors.independent import Independent
 from pyro_em.posteriors.mixtures.kept_mixtures import keep_mixture, known_mixture
 from pyro_em.posteriors.mixtures.mixture import Mixture
@@ -115,9 +116,12 @@ class Kernel:
             shown = "; ".join(reasons[:2]) + ("; …" if len(reasons) > 2 else "")
             parts.append(words + (f" ({shown})" if shown else ""))
             # One component is not named: a chain has a latent for each step.
-            if self.block is not None and len(self.latents) > 1:
+            if self.block is not None and sum(map(bool, self.latents)) > 1:
                 latents = [
-                    tuple(users.get(n, n) for n in names) for k in kernels for names in k.latents
+                    tuple(users.get(n, n) for n in names)
+                    for k in kernels
+                    for names in k.latents
+                    if names
                 ]
                 parts[-1] += f", for {_components_in_words(latents)}"
         return "; ".join(parts)
@@ -170,6 +174,9 @@ def kernel_of(
             return gaussian_kernel(graph, chains.what)
         rows: QuickSteps | None = chains or factor_rows(graph, updates, values)
         rows = rows or collapsed_rows(graph, updates) or conjugate_rows(graph, updates, values)
+        if rows is None:
+            words = ", ".join(dict.fromkeys(g.nested.words for g in graph.groups if g.nested))
+            rows = table_rows(graph, updates, values, "Gaussian", f"{words}, in chunks of rows")
         return gaussian_kernel(graph, block=rows)
     told = told_by_selections(graph)
     known = None if told is None else known_mixture(told, graph, updates, values)
@@ -191,7 +198,10 @@ def kernel_of(
                 keep_mixture(told, graph, found)
             return Kernel(found.name, None, found, parts, words=found.words)
         said.append(found)
-    return Kernel(CONTRACTION, _reason(graph, whole.latents, said), None, parts)
+    words = f"{CONTRACTION}, in chunks of rows"
+    rows = table_rows(graph, updates, values, CONTRACTION, words)
+    reason = _reason(graph, whole.latents, said)
+    return Kernel(CONTRACTION, reason, rows, parts, words="" if rows is None else words)
 
 
 def _kernel_of_several(whole: Component, parts: tuple[tuple[str, ...], ...]) -> Kernel:

@@ -190,7 +190,25 @@ def _read_of(
         ):
             what = f"{what} is not a multiple of the latent: its elements have different factors."
             raise refused(latent, where, what, kernel)
+    if order is None:
+        first = len(layout.structure.sites[name].plates)
+        elements = _once_where_alike(elements, first, len(dims))
     return ConjugateRead(name, latent, pair, power, elements, order)
+
+
+def _once_where_alike(elements: Tensor, first: int, last: int) -> Tensor:
+    """Which element each cell reads, once for all values of a discrete latent that read the same.
+
+    Args:
+        elements: # (*plates or 1s, *scope or 1s, *to_event or 1s)
+        first: The first dimension of the scope.
+        last: The one behind its last.
+    """
+    for d in range(first, last):
+        one = elements.narrow(d, 0, 1)
+        if elements.shape[d] > 1 and bool((elements == one).all()):
+            elements = one
+    return elements
 
 
 def _elements(tensor: Tensor, leaf: Tensor) -> Tensor:

@@ -35,10 +35,15 @@ class RowSlices:
     _elements: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, block: ConjugateBlock) -> RowSlices | None:
-        """That of a block; None where rows read elements of others, or the table has other plates."""
+    def of(cls, block: ConjugateBlock, *, scoped: bool = False) -> RowSlices | None:
+        """That of a block; None where rows read elements of others, or the table has other plates.
+
+        Args:
+            block: The block.
+            scoped: Whether its sites may depend on discrete latents.
+        """
         first = block.groups[0]
-        if not (first.n_plates and block.plates) or block.scope:
+        if not (first.n_plates and block.plates) or (block.scope and not scoped):
             return None
         plate, rows = first.dims[0][0], first.sizes[0]
         if block.plates[0] != plate or rows < 2:
@@ -70,10 +75,11 @@ class RowSlices:
     def parts(self) -> list[ConjugateBlock]:
         """The block of each of these, in memory that it shares."""
         if not self._parts:
-            self._parts.extend(self._part(rows) for rows in self.rows)
+            self._parts.extend(self.part(rows) for rows in self.rows)
         return self._parts
 
-    def _part(self, rows: slice) -> ConjugateBlock:
+    def part(self, rows: slice) -> ConjugateBlock:
+        """The block of some rows."""
         block, size = self.block, rows.stop - rows.start
         reads = [self._read(i, read, rows) for i, read in enumerate(block.reads)]
         weight = block.weight

@@ -17,11 +17,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_em.errors import DegenerateError, Handover
+from pyro_em.errors import Handover
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.posteriors.at_values import (
     AtValues,
-    ThetaByValues,
     Values,
     no_densities,
     with_own_parameters,
@@ -32,30 +31,15 @@ from pyro_em.posteriors.conjugates.conjugate_slices import CollectedElements, Ro
 from pyro_em.posteriors.conjugates.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.conjugates.conjugate_totals import Totals, totals
 from pyro_em.posteriors.continuous.gaussian_steps import for_updates
+from pyro_em.posteriors.continuous.summed_theta import Summed, SummedTheta
 from pyro_em.posteriors.gaussians.gaussian import piece
-from pyro_em.reduction.reduction import Whole
-from pyro_em.tracing.parameters import values_of
 from pyro_em.updates.decisions.decision import groups_reached
 from pyro_em.updates.expectations.conjugate_beliefs import wide
-from pyro_em.updates.expectations.statistics import Expectation
-from pyro_em.updates.m_step import MStepState, m_step_over
 from pyro_em.updates.regressions.line_sums import LineSite
 from pyro_em.updates.sums.data_sums import DataSums
 from pyro_em.updates.sums.model_sums import GroupSums, ModelSums, PlainSums
-from pyro_em.updates.sums.newton_on_sums import AtEdge
 from pyro_em.updates.sums.summable import Summable
 from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, NewtonOnSums, ParameterUpdate
-
-
-@dataclass(frozen=True, eq=False)
-class Summed(Expectation):
-    """The evidence with what an M-step reads.
-
-    Attributes:
-        model: The sums of the latents' sites.
-    """
-
-    model: ModelSums | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,19 +147,14 @@ class MovingLatent:
 
 
 @dataclass(frozen=True, eq=False)
-class ConjugateTheta(ThetaByValues[Summed]):
+class ConjugateTheta(SummedTheta):
     """The parameters of conjugate latents and of the sites that read them, and their M-step.
 
     Attributes:
-        graph: That of an M-step.
-        updates: What was decided per parameter.
         latents: The latents.
-        summable: Says which sites are read.
     """
 
-    updates: Mapping[str, ParameterUpdate]
     latents: tuple[Latent | MovingLatent, ...]
-    summable: Summable
 
     def e_step(self, at: AtValues[Summed]) -> Summed:
         """The evidence, and the sums of all latents.
@@ -194,25 +173,6 @@ class ConjugateTheta(ThetaByValues[Summed]):
                 raise Handover
             at.expectation.append(Summed(total, {}, model=ModelSums(groups, masses, {})))
         return at.expectation[0]
-
-    def m_step(self, at: AtValues[Summed], expectation: Summed) -> tuple[AtValues[Summed], float]:
-        """The maximiser, and the gain in nats.
-
-        Raises:
-            Handover: If the step through tables has to look.
-        """
-        assert expectation.model is not None
-        self.write(at)
-        nothing = [torch.zeros(()) for _ in self.graph.groups]
-        arguments = [dict(g.arguments) for g in self.graph.groups]
-        data = DataSums(self.graph, {}, nothing, arguments, no_densities, at.values)
-        graph, running = self.summable.standing_for(expectation.model, data)
-        try:
-            m_step_over(lambda: Whole(running), graph, running.updates, MStepState(), expand=False)
-        except (DegenerateError, AtEdge) as error:
-            raise Handover from error
-        after = self.enter(values_of(graph.parameters))
-        return after, self.e_step(after).log_evidence - expectation.log_evidence
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,7 +221,7 @@ def conjugate_rows(
     summable = _together(own, updates, latents)
     if summable is None:
         return None
-    return ConjugateRows(ConjugateTheta(own, updates, tuple(latents), summable))
+    return ConjugateRows(ConjugateTheta(own, updates, summable, tuple(latents)))
 
 
 def _may_be(block: ConjugateBlock) -> bool:
