@@ -196,10 +196,11 @@ class EnumTrace(LeanTrace, EnumMessenger):
             return
         if not isinstance(msg["fn"], TorchDistributionMixin):
             return
-        shape = value.shape[: value.dim() - msg["fn"].event_dim]
+        shape = value.shape
         ids = msg["infer"].setdefault("_dim_to_id", {})
         ids.update(self._param_dims.get(msg["name"], {}))
-        n = len(shape)
+        n = len(shape) - msg["fn"].event_dim
+        shape = shape[:n]
         self._value_dims[msg["name"]] = {
             dim: i for dim, i in ids.items() if n >= -dim and shape[dim] > 1
         }

@@ -30,6 +30,8 @@ _OPTIONS = (torch.dtype, torch.device, torch.layout, torch.memory_format, type(N
 
 _NUMBERS = (bool, int, float, str)
 
+_PLAIN = frozenset({bool, int, float, str, torch.Size, type(None)})  # whose content is all they are
+
 _NOTED = (Tensor, int, float, str, tuple, list, type(None))  # of what a distribution holds
 
 _NEAR = 256  # operations: whence a tensor comes is counted back from here, so that steps are alike
@@ -188,8 +190,10 @@ class OperationLog:
         """
         self._end = end
         plates = tuple([(f.name, f.dim, f.size, f.counter) for f in site["cond_indep_stack"]])
-        weights = self._other(site["mask"]), self._other(site["scale"])
-        noted = bool(site["is_observed"]), plates, *weights, self._distribution(site["fn"])
+        mask, scale = site["mask"], site["scale"]
+        mask = None if mask is None else self._other(mask)
+        scale = (float, scale) if type(scale) is float else self._other(scale)
+        noted = bool(site["is_observed"]), plates, mask, scale, self._distribution(site["fn"])
         noted = self._shared(noted)
         self.entries.append((name, steps, noted, self._other(site["value"])))
         self.sites[name] = site
@@ -199,7 +203,9 @@ class OperationLog:
         """A distribution, by its class and what it holds."""
         noted: list[Any] = [type(fn)]
         for name, v in vars(fn).items():
-            if isinstance(v, _NOTED):
+            if type(v) in _PLAIN:
+                noted.append((name, type(v), v))
+            elif isinstance(v, _NOTED):
                 noted.append((name, self._other(v)))
             elif isinstance(v, torch.distributions.Distribution):
                 noted.append((name, self._distribution(v)))

@@ -28,6 +28,7 @@ class SharedDistributions:
     """Gives sites of a run the distribution of an earlier site where it is the same."""
 
     def __init__(self) -> None:
+        self._small: set[Hashable] = set()
         self._first: dict[Hashable, Distribution | None] = {}  # None once another was met
         self._known: dict[Hashable, list[tuple[Distribution, list[Tensor]]]] = {}
 
@@ -42,11 +43,16 @@ class SharedDistributions:
             aside: A block whose operations are none of the model's.
         """
         fn = site["fn"]
-        if not isinstance(fn, Distribution) or _is_small(fn):
+        if not isinstance(fn, Distribution):
             return
         kind = type(fn), fn.batch_shape, fn.event_shape
+        if kind in self._small:
+            return
         if kind not in self._first:
-            self._first[kind] = fn
+            if _is_small(fn):
+                self._small.add(kind)
+            else:
+                self._first[kind] = fn
             return
         with aside, torch.no_grad():
             first, self._first[kind] = self._first[kind], None

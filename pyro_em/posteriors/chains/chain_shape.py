@@ -38,7 +38,8 @@ def why_no_chain(latents: Mapping[str, Latent]) -> Finding | None:
     if len(latents) < 3:
         return Finding(where, "fewer than three latents are no chain")
     first, *others = kinds_of(latents)
-    if first.size < 2 or any(v.plates != first.plates or v.size != first.size for v in others):
+    plates, size = first.plates, first.size
+    if size < 2 or any(v.plates != plates or len(v.support) != size for v in others):
         return Finding(where, "latents of different plates or sizes: no kernel")
     return None
 
