@@ -130,7 +130,7 @@ def test_sites_are_told_apart_by_the_operations_that_made_their_tensors():
 def test_steps_that_are_alike_share_their_notes():
     log, sites = OperationLog([("x", X)]), {}
     with size_guard(2**20, log):
-        for t in range(50):
+        for t in range(150):
             sites[f"x_{t}"] = {
                 "fn": dist.Normal(X * 2, 1.0),
                 "value": X * 3,
@@ -141,7 +141,7 @@ def test_steps_that_are_alike_share_their_notes():
             }
     log.add_sites(sites)
     own = [entry for entry in log.finished() if entry[0] in sites]
-    assert len(own) == 50
+    assert len(own) == 150
     assert (
         len({id(part) for entry in own for part in entry[2:]}) <= 4
     )  # the first step's, the others'
