@@ -55,6 +55,7 @@ def weibulls(x: Tensor, often: Tensor | None) -> None:
         pyro.sample("x", one.to_event(1), obs=x.exp())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("model", [students, gammas, weibulls])
 def test_a_fit_is_that_of_operations_on_tables(

@@ -131,6 +131,7 @@ def mixture(x: Tensor, K: int) -> None:
         pyro.sample("x", dist.MultivariateNormal(mu[z], S[z]), obs=x)
 
 
+@pytest.mark.slow
 def test_overlapping_mixtures() -> None:
     """Ten starts: a median of so many times fewer steps, the same optimum in nine of ten."""
     g = torch.Generator().manual_seed(0)

@@ -49,6 +49,7 @@ def of_rows(model: RandomModel) -> tuple[Callable[..., Any], list[Tensor]]:
     return run, [model.data[n][1].movedim(axis, 0) for n in names]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pyro_em.PyroEMWarning")
 @hypothesis_settings(max_examples=4)
 @given(seed=seeds)

@@ -1090,6 +1090,7 @@ def test_fixed_and_gradient_by_wish_agree_with_the_closed_form() -> None:
 # ------------------------------------------------------------------ random models
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(
     seed=st.integers(0, 10**6),

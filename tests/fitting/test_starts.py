@@ -323,6 +323,7 @@ def test_scikit_learn_is_named_where_it_is_missing(monkeypatch) -> None:
 # ------------------------------------------------------------------ several starts
 
 
+@pytest.mark.slow
 def test_restarts_find_what_random_assignments_do_not() -> None:
     result = fit(gmm.model, iris(), 3, num_restarts=10, seed=0, tol=1e-8)
     assert result.log_evidence == pytest.approx(-180.185477, abs=1e-5)

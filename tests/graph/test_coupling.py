@@ -104,6 +104,7 @@ def test_no_call_gives_a_number_for_them(call):
             getattr(ExactPosteriorEM(model), call)(X)
 
 
+@pytest.mark.slow
 def test_they_are_found_in_large_data():
     """Large data are first looked at without numbers, which cannot show a shift."""
     n, D = 8_900, 32  # sigma[z] alone is more than a look with numbers allocates

@@ -71,6 +71,7 @@ def test_bound_and_evidence_of_linear_steps_on_gaussian_data() -> None:
     assert 1e-3 < (evidence - best) / len(x) < kl
 
 
+@pytest.mark.slow
 def test_main_runs(tmp_path: Path, monkeypatch, capsys) -> None:
     options = ["--T", "4", "--hidden", "4", "--steps", "30", "--network-steps", "5"]
     out = run_main(diffusion, monkeypatch, capsys, tmp_path, *options, "--particles", "5")

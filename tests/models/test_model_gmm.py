@@ -157,6 +157,7 @@ def test_semi_supervised_step_by_step() -> None:
     assert use.result.log_evidence == pytest.approx(seen, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_unlabelled_flowers_help_most_where_labels_are_few() -> None:
     x, labels = discriminant.load_data()
     curve = discriminant.learning_curve(x, labels, (6, 20), 3, "full", 0)

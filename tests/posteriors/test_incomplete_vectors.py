@@ -80,6 +80,7 @@ def data() -> Tensor:
     return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [chain, rows])
 def test_vectors_seen_in_part(model: Callable[..., None]) -> None:
     y = data()

@@ -53,6 +53,7 @@ def _storage(t: Tensor) -> int:
     return t.untyped_storage()._cdata
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exposed", [False, True])
 def test_steps_on_many_rows_hold_a_few_vectors_and_are_those_of_numpy(
     exposed: bool, monkeypatch: pytest.MonkeyPatch

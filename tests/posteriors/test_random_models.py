@@ -43,6 +43,7 @@ def test_m_step_maximises(seed: int) -> None:
     m_step_maximises(*random_model(seed), seed)
 
 
+@pytest.mark.slow
 @hypothesis_settings(max_examples=15)
 @given(seed=seeds)
 def test_weights_equal_replication(seed: int) -> None:

@@ -278,6 +278,7 @@ def draws_modes_and_pairs(
                     )
 
 
+@pytest.mark.slow
 @hypothesis_settings(max_examples=6)
 @given(seed=seeds)
 def test_priors(seed: int) -> None:
@@ -310,6 +311,7 @@ def with_priors(model: Program, long: RandomModel, assignments: Values) -> None:
             return
 
 
+@pytest.mark.slow
 @hypothesis_settings(max_examples=6)
 @given(seed=seeds)
 def test_m_step_under_priors_maximises(seed: int) -> None:
