@@ -160,6 +160,26 @@ def test_few_matrices_where_most_steps_are_the_same() -> None:
     assert found.covariances.shape[1] < 80
 
 
+def first_measured(space: StateSpace, by: float) -> StateSpace:
+    """The same with a loading of the first step's own."""
+    kinds = torch.ones_like(space.measurement)
+    kinds[0] = 0
+    both = [by * space.loading, space.loading]
+    return replace(
+        space,
+        measurement=kinds,
+        loading=torch.cat(both, 1),
+        deviation=torch.cat([space.deviation] * 2, 1),
+    )
+
+
+def test_a_first_step_that_only_has_a_number_of_its_own() -> None:
+    space = chain(11, 40)
+    found, expected = smoothed(first_measured(space, 1.0)), smoothed(space)
+    assert found is not None and expected is not None
+    assert torch.equal(found.mean, expected.mean)
+
+
 def missing(space: StateSpace) -> StateSpace:
     seen = torch.ones(1, *space.value.shape[1:], dtype=torch.bool)
     seen[:, 5] = False
@@ -175,6 +195,7 @@ def broken(space: StateSpace) -> StateSpace:
 NOT: dict[str, Callable[[], StateSpace]] = {
     "missing": lambda: missing(chain()),
     "a step unlike the others": lambda: broken(chain()),
+    "a first step that is seen in its own way": lambda: first_measured(chain(), 2.0),
     "no step alike": lambda: with_no_two_alike(chain()),
     "precise": lambda: chain(deviation=0.01),
     "very precise": lambda: chain(deviation=1e-6),

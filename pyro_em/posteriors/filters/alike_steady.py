@@ -61,12 +61,14 @@ class Numbers(NamedTuple):
         if space.seen is not None:
             return None
         A, drift, G, u, H, s, v, value = _arrays(space)
-        if len(u) < _LEAST or not (_is_one(u[1:]) and _is_one(v)):
+        if len(u) < _LEAST or not (_is_one(u[1:]) and _is_one(v[1:])):
             return None
         if len(A) > 1 or len(G) > 1 or len(H) > 1 or len(s) > 1 or not G.shape[-1]:
             return None
-        other, own = int(u[1]), int(v[0])
+        other, own = int(u[1]), int(v[1])
         loading, w = H[0, own], 1.0 / s[0, own]
+        if v[0] != own and not ((H[0, v[0]] == loading).all() and (s[0, v[0]] == s[0, own]).all()):
+            return None
         G = G[0, [other, int(u[0])]]
         return cls(A[0, other], G, loading, loading * w[:, None], w, value, drift)
 
