@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from pyro_em.expanded import once_each
 from pyro_em.families.family import Family
 
 _PIECE = 2**20  # numbers of events that a family handles at once
@@ -51,15 +50,43 @@ def log_density(
     given = [value, *arguments.values()]
     if elements is not None:
         given.append(elements)
-    batch = torch.broadcast_shapes(*[t.shape[:lead] for t in given])
-    once = [once_each(t, lead) for t in given]
-    if all(map(operator.is_, once, given)):
+    batch, distinct, repeated = _said_twice(lead, *[(t.shape, t.stride()) for t in given])
+    if repeated is None:
         out = _in_pieces(family, value, arguments, lead, event_dims, elements, batch)
         return out.expand(batch)  # a density need not read all that is given
-    value, own = once[0], dict(zip(arguments, once[1:], strict=False))
-    elements = None if elements is None else once[-1]
-    distinct = torch.broadcast_shapes(*[t.shape[:lead] for t in once])
+    for i, dims in enumerate(repeated):
+        for d in dims:
+            given[i] = given[i].narrow(d, 0, 1)
+    value, own = given[0], dict(zip(arguments, given[1:], strict=False))
+    elements = None if elements is None else given[-1]
     return _in_pieces(family, value, own, lead, event_dims, elements, distinct).expand(batch)
+
+
+_Form = tuple[Sequence[int], Sequence[int]]
+
+
+@lru_cache(maxsize=1024)
+def _said_twice(
+    lead: int, *forms: _Form
+) -> tuple[torch.Size, torch.Size, tuple[tuple[int, ...], ...] | None]:
+    """The batch of some tensors, that of what is distinct, and which dimensions only repeat.
+
+    Args:
+        lead: How many dimensions are looked at.
+        *forms: The shape and the strides of each tensor.
+    """
+    repeated = tuple(
+        tuple(d for d in range(lead) if shape[d] > 1 and strides[d] == 0)
+        for shape, strides in forms
+    )
+    batch = torch.broadcast_shapes(*[shape[:lead] for shape, _ in forms])
+    if not any(repeated):
+        return batch, batch, None
+    distinct = [
+        [1 if d in dims else shape[d] for d in range(lead)]
+        for (shape, _), dims in zip(forms, repeated, strict=True)
+    ]
+    return batch, torch.broadcast_shapes(*distinct), repeated
 
 
 def _in_pieces(

@@ -40,7 +40,9 @@ def _multiply(count: Tensor, log_p: Tensor) -> Tensor:
 
 def _categorical_log_density(value: Tensor, arguments: Arguments) -> Tensor:
     log_p = _log_probs(arguments)
-    index = value.long()
+    index = value if value.dtype is torch.int64 else value.long()
+    if log_p.numel() == log_p.shape[-1] and index.dim() >= log_p.dim() - 1:  # one for all
+        return log_p.reshape(-1).index_select(0, index.reshape(-1)).reshape(index.shape)
     batch = torch.broadcast_shapes(index.shape, log_p.shape[:-1])
     index = index.expand(batch).unsqueeze(-1)
     return log_p.expand(*batch, log_p.shape[-1]).gather(-1, index).squeeze(-1)

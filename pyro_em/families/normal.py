@@ -30,6 +30,8 @@ from pyro_em.families.family import (
 )
 from pyro_em.families.forms import Kind
 
+_FEW_NUMBERS = 4096  # below which operations are counted, not what they do
+
 
 def _deviations(value: Tensor, arguments: Arguments) -> Statistics:
     d = value - arguments["loc"]
@@ -164,20 +166,24 @@ def _multivariate_normal_log_density(value: Tensor, arguments: Arguments) -> Ten
     shared = [i for i in range(n_batch) if tril.shape[i] == 1]
     matrix_axes = [i for i in range(n_batch) if tril.shape[i] != 1]
     n, D = len(matrix_axes), tril.shape[-1]
-    # What is small is laid out anew, not the differences.
     axes = (*matrix_axes, n_batch, *shared)
-    d = value.permute(axes).contiguous() - loc.permute(axes).contiguous()
+    if value.numel() * loc.numel() <= D * _FEW_NUMBERS:
+        d = (value - loc).permute(axes)
+    else:  # what is small is laid out anew, not the differences
+        d = value.permute(axes).contiguous() - loc.permute(axes).contiguous()
     matrix = tril.reshape([*(tril.shape[i] for i in matrix_axes), D, D])
     rows = d.flatten(n + 1) if shared else d.unsqueeze(-1)
-    eye = torch.eye(D, dtype=matrix.dtype, device=matrix.device)
-    # Inverting the small triangle once and multiplying is faster than a solve with many columns.
-    white = torch.linalg.solve_triangular(matrix, eye, upper=False) @ rows
+    if rows.shape[-1] <= D or rows.numel() <= _FEW_NUMBERS:
+        white = torch.linalg.solve_triangular(matrix, rows, upper=False)
+    else:  # inverting the small triangle once and multiplying is faster with many columns
+        eye = torch.eye(D, dtype=matrix.dtype, device=matrix.device)
+        white = torch.linalg.solve_triangular(matrix, eye, upper=False) @ rows
     distance = (white * white).sum(-2)
     distance = distance.reshape(distance.shape[:n] + d.shape[n + 1 :])
     order = matrix_axes + shared
     distance = distance.permute([order.index(i) for i in range(n_batch)])
     log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return torch.add(-0.5 * D * math.log(2 * math.pi) - log_det, distance, alpha=-0.5)
+    return torch.add(torch.rsub(log_det, -0.5 * D * math.log(2 * math.pi)), distance, alpha=-0.5)
 
 
 def _led_by(t: Tensor, dims: int) -> Tensor:

@@ -369,7 +369,7 @@ class FactorGraph:
 
     structure: Structure
     latents: Mapping[str, Latent]
-    groups: tuple[Group, ...]
+    groups: Sequence[Group]
     parameters: Mapping[str, TracedParameter]
     missing: tuple[Missing, ...] = ()
     all_data: AllData | None = None

@@ -12,18 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_em.distributions import unwrap
+from pyro_em.families.chunks import log_density
 from pyro_em.families.family import Family
 from pyro_em.graph.bindings.binding import Binding
 from pyro_em.graph.bindings.signatures import Recurring
 from pyro_em.graph.compact import Recipe, compacted, recipe_for
 from pyro_em.graph.factors import FactorGraph, Group, Latent
 from pyro_em.graph.layout import FactorLayout
+from pyro_em.graph.stretches import LaterDict, LaterTuple
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.missing import missing_of
 from pyro_em.tracing.runs import Run
@@ -133,6 +136,21 @@ class SiteAsGroup:
             group.role,
         )
 
+    def copies(self, site: Mapping[str, Any]) -> bool:
+        """Whether the group has other memory than the site, at that of the first run."""
+        held = vars(unwrap(site["fn"])[0])
+        views = [(site["value"], self.value), *((held[a], v) for a, v in self.arguments.items())]
+        return any(view.of(t).data_ptr() != t.data_ptr() for t, view in views)
+
+    def log_density(self, site: Mapping[str, Any]) -> Tensor:
+        """That of the group, without the group. # (1, *sizes)"""
+        held = vars(unwrap(site["fn"])[0])
+        value = self.value.of(site["value"])
+        arguments = {a: view.of(held[a]) for a, view in self.arguments.items()}
+        lead = 1 + len(self.sizes)
+        log_p = log_density(self.family, value, arguments, lead, self.event_dims)
+        return log_p.expand(1, *self.sizes)
+
     def group(self, site: Mapping[str, Any]) -> Group:
         """The group of the same site in another run."""
         held = vars(unwrap(site["fn"])[0])
@@ -180,6 +198,35 @@ class LatentAsRead:
         return Latent(self.name, self.plates, value.detach(), self.batch_dims)
 
 
+class LaidGroups(LaterTuple[Group]):
+    """The groups of a run that is known to do the same, made when somebody asks for more than numbers.
+
+    Args:
+        laid: How each site becomes a group.
+        sites: Those of the run.
+    """
+
+    def __init__(self, laid: tuple[SiteAsGroup, ...], sites: Mapping[str, Mapping[str, Any]]) -> None:
+        super().__init__(partial(_groups, laid, sites))
+        self._laid, self._sites = laid, sites
+
+    @property
+    def scales(self) -> list[float]:
+        """What multiplies each log density."""
+        return [g.scale for g in self._laid]
+
+    def log_densities(self) -> list[Tensor]:
+        """Those of all groups. # (1, *sizes)"""
+        return [g.log_density(self._sites[g.name]) for g in self._laid]
+
+
+@torch.enable_grad()
+def _groups(
+    laid: tuple[SiteAsGroup, ...], sites: Mapping[str, Mapping[str, Any]]
+) -> tuple[Group, ...]:
+    return tuple([g.group(sites[g.name]) for g in laid])
+
+
 @dataclass(frozen=True)
 class LaidOut:
     """How a run was laid out as a graph.
@@ -187,10 +234,12 @@ class LaidOut:
     Attributes:
         latents: Its latents.
         groups: Its groups, each of one site.
+        shares_memory: Whether a graph has the memory of the run's tensors, whenever it is made.
     """
 
     latents: tuple[LatentAsRead, ...]
     groups: tuple[SiteAsGroup, ...]
+    shares_memory: bool = False
 
     @classmethod
     def found(cls, graph: FactorGraph, run: Run) -> LaidOut | None:
@@ -216,10 +265,10 @@ class LaidOut:
             own = batch + layout.dim_of[name]
             repeated = tuple(d for d in reversed(range(batch)) if d != own)
             latents.append(LatentAsRead(name, latent.plates, latent.batch_dims, repeated))
-        out = cls(tuple(latents), known)
+        copies = any(g.copies(sites[g.name]) for g in known)
+        out = cls(tuple(latents), known, shares_memory=not copies)
         return out if _are_alike(graph, out.graph(structure, run)) else None
 
-    @torch.enable_grad()
     def graph(self, structure: Structure, run: Run) -> FactorGraph:
         """The graph of another run that does the same.
 
@@ -227,19 +276,29 @@ class LaidOut:
             structure: The skeleton of the model.
             run: The run.
         """
-        sites = run.sites
+        sites, later = run.sites, LaidGroups(self.groups, run.sites)
         return FactorGraph(
             structure,
-            {z.name: z.latent(sites[z.name]["value"]) for z in self.latents},
-            tuple([g.group(sites[g.name]) for g in self.groups]),
+            LaterDict(partial(_latents, self.latents, sites)),
+            later if self.shares_memory else tuple(later),
             run.parameters,
             missing_of(sites),
         )
 
 
+def _latents(
+    laid: tuple[LatentAsRead, ...], sites: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Latent]:
+    return {z.name: z.latent(sites[z.name]["value"]) for z in laid}
+
+
+@torch.no_grad()
 def _are_alike(graph: FactorGraph, other: FactorGraph) -> bool:
     """Whether two graphs of one run hold the same views of the same memory."""
     pairs: list[tuple[Tensor, Tensor]] = []
+    if isinstance(other.groups, LaidGroups):
+        own = other.groups.log_densities()
+        pairs += [(g.log_density(), t) for g, t in zip(graph.groups, own, strict=True)]
     for a, b in zip(graph.groups, other.groups, strict=True):
         pairs += [(a.value, b.value), *((t, b.arguments[n]) for n, t in a.arguments.items())]
     pairs += [(z.support, other.latents[n].support) for n, z in graph.latents.items()]

@@ -35,6 +35,7 @@ def decided(
     log: OperationLog,
     contraction: ContractionPlan | None = None,
     operations: tuple[Any, ...] | None = None,
+    notes: tuple[str, ...] | None = None,
 ) -> Program:
     """A program from its graph: the order of its sums, its updates, its notes; not verified yet.
 
@@ -45,20 +46,22 @@ def decided(
         log: What that run did.
         contraction: The order of the sums, where it is known.
         operations: Those of the run, where it is known to be one that was noted before.
+        notes: What there is to say of it, where only an E-step is wanted and that is known.
     """
     if contraction is None:
         contraction = _contraction(structure, graph)
-    notes = (*check_scales(graph, contraction), *structure.notes)
-    if structure.random_plates:
-        plates = ", ".join(f"'{p}'" for p in structure.random_plates)
-        notes += (f"plate {plates} draws a random subsample: an exact fit will refuse it.",)
-    notes += unregistered_notes(structure.unregistered, graph.parameters, "model")
     requested = matched(task.requested, graph.parameters)
     updates: dict[str, ParameterUpdate] = {}
-    if not task.look_only:  # else no binding is known, and no M-step follows
-        updates, of_updates = _updates(task, requested, graph)
-        notes += of_updates
-    notes += tuple(sites_without_data(graph, structure))
+    if notes is None:
+        notes = (*check_scales(graph, contraction), *structure.notes)
+        if structure.random_plates:
+            plates = ", ".join(f"'{p}'" for p in structure.random_plates)
+            notes += (f"plate {plates} draws a random subsample: an exact fit will refuse it.",)
+        notes += unregistered_notes(structure.unregistered, graph.parameters, "model")
+        if not task.look_only:  # else no binding is known, and no M-step follows
+            updates, of_updates = _updates(task, requested, graph)
+            notes += of_updates
+        notes += tuple(sites_without_data(graph, structure))
     leaves = [p.unconstrained for p in graph.parameters.values()]
     return Program(
         task.model,

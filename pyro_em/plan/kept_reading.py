@@ -31,6 +31,21 @@ _FormOfValue = tuple[torch.Size, torch.dtype, torch.device]
 
 
 @dataclass(frozen=True, eq=False)
+class LaidProgram:
+    """How a run becomes a program for an E-step only; a later run with equal notes becomes the same.
+
+    Attributes:
+        layout: How it becomes a graph.
+        contraction: The order of its sums.
+        notes: What there is to say of it, where nothing is missing.
+    """
+
+    layout: LaidOut
+    contraction: ContractionPlan
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Kept:
     """One reading.
 
@@ -52,7 +67,7 @@ class Kept:
         calls: What a later run that did the same operations asked of torch; None where no run has
             been noted so.
         has_calls: Whether runs of this form may be known by their calls.
-        laid: How such a run is laid out as a graph for an E-step only, where that is plain.
+        laid: How such a run becomes a program for an E-step only, where that is plain.
     """
 
     structure: Structure
@@ -70,7 +85,7 @@ class Kept:
     selections: KeptSelections = field(default_factory=KeptSelections)
     calls: tuple[Any, ...] | None = None
     has_calls: bool = True
-    laid: LaidOut | None = None
+    laid: LaidProgram | None = None
 
     @classmethod
     def of(cls, task: Task, program: Program, before: Kept | None) -> Kept:

@@ -52,7 +52,7 @@ from pyro_em.posteriors.continuous.gaussian_steps import (
     tables_of,
 )
 from pyro_em.posteriors.elimination import ContractionPlan
-from pyro_em.posteriors.exact import exact_posterior, log_evidence_of
+from pyro_em.posteriors.exact import exact_posterior, log_evidence_as_laid, log_evidence_of
 from pyro_em.posteriors.strategies import (
     Annealed,
     EStepStrategy,
@@ -280,6 +280,10 @@ class Program(StaysHere):
 
     def log_evidence(self) -> float:
         """log p(x; θ) at the current parameters, in nats."""
+        if not self.compiled and versions_of(self.graph.parameters) == self.traced_at:
+            found = log_evidence_as_laid(self.graph, self.contraction)
+            if found is not None:
+                return found
         evaluation = self.evaluate()
         return log_evidence_of(evaluation.graph, self.contraction, evaluation.tables)
 

@@ -20,7 +20,7 @@ from pyro_em.plan.conjugates import Conjugates
 from pyro_em.plan.continuous import on_conjugates, with_lines, with_routes
 from pyro_em.plan.decisions import decided
 from pyro_em.plan.first_values import begun
-from pyro_em.plan.kept_reading import Kept, NotShown, bindings_of, members_of
+from pyro_em.plan.kept_reading import Kept, LaidProgram, NotShown, bindings_of, members_of
 from pyro_em.plan.program import Program
 from pyro_em.plan.task import Task, run_of, traced
 from pyro_em.plan.verification import verified
@@ -105,17 +105,18 @@ def on_other_data(
     if structure.as_run.masked_pairs or structure.random_plates:
         return None
     by_calls = given.look_only and begin is None and isinstance(log, CallLog)
-    if by_calls and kept.laid is not None:
+    laid, layout = kept.laid if by_calls else None, None
+    if laid is not None:
         seen = run_of(given, structure, log)
         known = kept.shown_by(log)  # before anything is made of it
-        graph = kept.laid.graph(structure, seen)
+        graph = laid.layout.graph(structure, seen)
     else:
         is_whole = by_calls and Slices.of(given.args, given.kwargs, structure) is None
         runs: list[Run] | None = [] if is_whole else None
         graph = traced(given, structure, log, kept=kept.selections, begin=begin, runs=runs)
         known = kept.shown_by(log)
         if runs and known is not None and known.calls is not None:
-            known = replace(known, laid=LaidOut.found(graph, runs[0]))
+            layout = LaidOut.found(graph, runs[0])
     if known is None:
         return None
     if begin is not None:
@@ -137,10 +138,15 @@ def on_other_data(
         graph = with_lines(given, structure, lines, graph, alike)
     if found is not None:
         graph = found.integrated(graph, task.max_enumeration)
-    order = None
-    if kept.contraction is not None and kept.members == members_of(graph):
+    order, notes = None, None
+    if laid is not None and not graph.missing:
+        order, notes = laid.contraction, laid.notes
+    elif kept.contraction is not None and kept.members == members_of(graph):
         order = kept.contraction  # factors without bindings are grouped, and follow, differently
-    program = rebuildable(task, decided(given, structure, graph, log, order, kept.operations))
+    program = decided(given, structure, graph, log, order, kept.operations, notes)
+    if layout is not None:
+        known = replace(known, laid=LaidProgram(layout, program.contraction, program.notes))
+    program = rebuildable(task, program)
     if kept.bare is not None and lines:
         program = replace(program, lines=lines, bare=kept.bare, conjugates=found)
         program = with_routes(program)

@@ -118,6 +118,8 @@ def contract(
 
 
 def _aligned(table: Tensor, layout: Align) -> Tensor:
+    if layout.leaves_all:
+        return table
     table = table.permute(layout.permutation)
     sizes = iter(table.shape)
     return table.reshape([next(sizes) if s is None else 1 for s in layout.shape])

@@ -12,6 +12,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from pyro_em.errors import Finding, raise_findings
@@ -23,6 +24,12 @@ class Align:
 
     permutation: tuple[int, ...]
     shape: tuple[int | None, ...]  # None keeps the next permuted dimension, 1 inserts one
+
+    @cached_property
+    def leaves_all(self) -> bool:
+        """Whether the table has these dimensions as it is."""
+        is_ordered = self.permutation == tuple(range(len(self.permutation)))
+        return is_ordered and all(size is None for size in self.shape)
 
 
 @dataclass(frozen=True)

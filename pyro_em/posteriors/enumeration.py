@@ -23,6 +23,7 @@ from pyro_em.errors import (
     message,
 )
 from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.laid_out import LaidGroups
 from pyro_em.posteriors.contraction import Ring, contract, evidence, log_sum_exp, maximum
 from pyro_em.posteriors.elimination import ContractionPlan, plan_contraction
 from pyro_em.posteriors.messages.steps import step_cells
@@ -48,6 +49,9 @@ def contraction_of(graph: FactorGraph, extra: Sequence[tuple[str, ...]] = ()) ->
 
 def scales_of(graph: FactorGraph) -> list[Tensor | float] | None:
     """Each factor's scale, or None where all are one."""
+    if isinstance(graph.groups, LaidGroups):
+        scales = graph.groups.scales
+        return None if all(s == 1.0 for s in scales) else list(scales)
     for group in graph.groups:
         if not group.is_unscaled:
             return [s for g in graph.groups for s in g.scale]

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from pyro_em.errors import DegenerateError, message
 from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.laid_out import LaidGroups
 from pyro_em.posteriors.answers.posterior import Posterior
 from pyro_em.posteriors.contraction import log_sum_exp
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.enumeration import EStep, Tables, e_step, forward, run_contraction
-from pyro_em.posteriors.messages.steps import step_cells
+from pyro_em.posteriors.messages.steps import LEAST, step_cells
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.expectations.statistics import dot, expected_log_joint
 
@@ -72,6 +73,21 @@ def log_evidence_of(
     posterior = exact_posterior(graph, plan, log_densities)
     assert posterior.log_evidence is not None
     return posterior.log_evidence
+
+
+def log_evidence_as_laid(graph: FactorGraph, plan: ContractionPlan) -> float | None:
+    """The log evidence in nats of a graph at its run, without its groups; None where it takes them.
+
+    Args:
+        graph: The factor graph.
+        plan: Its elimination order.
+    """
+    groups = graph.groups
+    if not isinstance(groups, LaidGroups) or len(graph.structure.latents) >= LEAST:
+        return None
+    with torch.no_grad():
+        total = float(forward(graph, plan, groups.log_densities(), log_sum_exp)[2])
+    return total if math.isfinite(total) and total < _SUSPECT else None
 
 
 def _cells_and_counts(graph: FactorGraph, scaled: Tables) -> tuple[list[Tensor], list[Tensor]]:

@@ -31,7 +31,7 @@ from pyro_em.posteriors.messages.varying import varying_neighbours
 from pyro_em.posteriors.messages.viterbi import viterbi
 from pyro_em.tracing.sites import Role
 
-_LEAST = 3  # latents of a chain: fewer are as quick by contraction
+LEAST = 3  # latents of a chain: fewer are as quick by contraction
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _of_pattern(graph: FactorGraph, form: ChainForm) -> Steps | None:
 def _of_members(graph: FactorGraph) -> Steps | None:
     """The chain that a graph is, by a look at each latent and each member of its groups."""
     names = list(graph.latents)
-    if len(names) < _LEAST:
+    if len(names) < LEAST:
         return None
     first = graph.latents[names[0]]
     if any(z.plates != first.plates or z.size != first.size for z in graph.latents.values()):
@@ -185,7 +185,7 @@ def step_cells(graph: FactorGraph, tables: Sequence[Tensor]) -> StepCells | None
     Returns:
         Evidence and cells; None also where messages lose what may matter.
     """
-    if len(graph.latents) < _LEAST:
+    if len(graph.latents) < LEAST:
         return None
     steps = steps_of(graph)
     if steps is None:
@@ -322,7 +322,7 @@ def best_path(graph: FactorGraph, tables: Sequence[Tensor]) -> Tensor | None:
     Returns:
         Positions in the latents' supports. # (latents, *plates)
     """
-    if len(graph.latents) < _LEAST:
+    if len(graph.latents) < LEAST:
         return None
     steps = steps_of(graph)
     if steps is None:
