@@ -30,6 +30,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from pyro_em.tracing.allocation import OutputTooLarge, Unwatched, size_guard
+from pyro_em.tracing.constructed import (
+    begin_constructing,
+    end_constructing,
+    is_told_by_arguments,
+    tensors_made,
+)
 from pyro_em.tracing.dependences import Reading, checksum
 from pyro_em.tracing.operations import HELD, MADE, PARAMETER, OperationLog
 
@@ -164,6 +170,24 @@ class CallLog(OperationLog):
         with size_guard(self._limit, beneath), mode:
             yield
 
+    def constructed(self, cls: type, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """A distribution of Pyro, noted as one call; None where all calls have to be noted."""
+        if self.is_aside or not self.is_complete or not is_told_by_arguments(cls, args, kwargs):
+            return None
+        depth = torch._C._len_torch_function_stack()
+        if not depth or torch._C._get_function_stack_at(depth - 1) is not self._mode:
+            return None  # another mode sees the calls before
+        mode = _pop_mode()
+        try:
+            noted = cls, *[self._other(a) for a in args]
+            noted += tuple([(k, self._other(v)) for k, v in kwargs.items()])
+            out = type.__call__(cls, *args, **kwargs)
+            self.entries.append(noted)
+            self._parts([*tensors_made(out)])
+            return out
+        finally:
+            _push_mode(mode)
+
     def aside(self) -> AbstractContextManager[None]:
         """A block that does nothing of the model's."""
         return _Aside(self)
@@ -196,24 +220,26 @@ class CallLog(OperationLog):
                 raise OutputTooLarge(stored)
         return out
 
-    def _made(self, out: Tensor) -> None:
+    def _made(self, out: Tensor) -> bool:
         """Note whence a tensor comes that a call returned, if its memory is new: the known is alive."""
         if type(out) not in _TENSORS:
             self._unknown()
-            return
+            return False
         if out.layout is not torch.strided:
-            return
+            return False
         try:
             memory = out.untyped_storage()
         except NotImplementedError:  # one of many in a vmap
             self._unknown()
-            return
+            return False
         at = memory.data_ptr()
-        if at not in self._origin:
-            self._origin[at] = len(self.entries)
-            self._hold(memory)
-            if out.numel() > self._limit:
-                self._bounded(out)
+        if at in self._origin:
+            return False
+        self._origin[at] = len(self.entries)
+        self._hold(memory)
+        if out.numel() > self._limit:
+            self._bounded(out)
+        return True
 
     def _hold(self, memory: torch.UntypedStorage) -> None:
         self._alive.append(memory)
@@ -226,9 +252,10 @@ class CallLog(OperationLog):
         self._alive.clear()
 
     def _parts(self, out: Any) -> Any:
-        """What a call returned that is no tensor."""
+        """What a call returned that is no tensor; each of several has a place of its own."""
         if isinstance(out, Tensor):
-            self._made(out)
+            if self._made(out):
+                self.entries.append(())
             return Tensor
         if isinstance(out, (list, tuple)):
             return tuple(self._parts(p) for p in out)
@@ -331,6 +358,15 @@ class _Calls(TorchFunctionMode):
     def __init__(self, log: CallLog) -> None:
         super().__init__()
         self.log = log
+
+    def __enter__(self) -> _Calls:
+        begin_constructing(self.log.constructed)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        end_constructing(self.log.constructed)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if type(func) is MethodWrapperType and func.__name__ == "__get__":

@@ -177,8 +177,8 @@ class EnumTrace(LeanTrace, EnumMessenger):
         dim, number = _ENUM_ALLOCATOR.allocate(
             None if scope is None else set(self._param_dims[msg["name"]])
         )
-        form = fn._num_events, dim, fn._param.device
         with self.aside:
+            form = fn._num_events, dim, fn._param.device
             if form not in self._supports:
                 support = torch.arange(form[0], device=form[2])
                 self._supports[form] = support.reshape(-1, *(1,) * (-1 - dim))
@@ -196,14 +196,16 @@ class EnumTrace(LeanTrace, EnumMessenger):
             return
         if not isinstance(msg["fn"], TorchDistributionMixin):
             return
-        shape = value.shape
         ids = msg["infer"].setdefault("_dim_to_id", {})
         ids.update(self._param_dims.get(msg["name"], {}))
-        n = len(shape) - msg["fn"].event_dim
-        shape = shape[:n]
-        self._value_dims[msg["name"]] = {
-            dim: i for dim, i in ids.items() if n >= -dim and shape[dim] > 1
-        }
+        if "_markov_scope" in msg["infer"]:  # else no site looks for what it takes up
+            with torch._C.DisableTorchFunction():
+                shape = value.shape
+            n = len(shape) - msg["fn"].event_dim
+            shape = shape[:n]
+            self._value_dims[msg["name"]] = {
+                dim: i for dim, i in ids.items() if n >= -dim and shape[dim] > 1
+            }
         if self.met is not None and msg["name"] in self.trace.nodes:
             self.met(self.trace.nodes[msg["name"]], self.aside)
 

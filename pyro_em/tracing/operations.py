@@ -106,6 +106,7 @@ class OperationLog:
             for part in out:
                 if isinstance(part, Tensor) and not is_view(operation):
                     self._origin[_storage(part)] = len(entries)
+                    entries.append(())  # each of several has a place of its own
         else:
             noted.append(self._other(out))
         note = tuple(noted)

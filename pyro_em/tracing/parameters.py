@@ -235,11 +235,10 @@ class ParameterCapture(Messenger):
             else:
                 leaf = value.detach().clone().requires_grad_(value.is_floating_point())
             start = self._given(msg)
-            shape = start.shape if isinstance(start, torch.Tensor) else None
-            if shape is None and len(msg["args"]) > 1 and isinstance(msg["args"][1], torch.Tensor):
-                shape = msg["args"][1].shape
-            self.given[name] = start
             own = msg["args"][1] if len(msg["args"]) > 1 else None
+            shaped = start if isinstance(start, torch.Tensor) else own
+            shape = shape_of(shaped) if isinstance(shaped, torch.Tensor) else None
+            self.given[name] = start
             foreign = isinstance(own, torch.nn.Parameter) and own is not value and "$$$" not in name
         else:
             unconstrained, leaf, shape = known.unconstrained, known.leaf, known.initial_shape
@@ -267,6 +266,12 @@ class ParameterCapture(Messenger):
             with torch.random.fork_rng(devices=[]):
                 initial = initial()
         return initial
+
+
+def shape_of(tensor: Tensor) -> torch.Size:
+    """The shape of a tensor, which no mode of torch is asked for."""
+    with torch._C.DisableTorchFunction():
+        return tensor.shape
 
 
 def _start_apart(msg: dict[str, Any]) -> None:

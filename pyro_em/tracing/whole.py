@@ -12,6 +12,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions.distribution import COERCIONS
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 
@@ -26,6 +27,7 @@ class LeftWhole:
         self._handlers, self._plates = list(_PYRO_STACK), list(_DIM_ALLOCATOR._stack)
         self._modes, self._grad = torch._C._len_torch_dispatch_stack(), torch.is_grad_enabled()
         self._functions = torch._C._len_torch_function_stack()
+        self._coercions = list(COERCIONS)
         self._validation = [part.is_validation_enabled() for part in _VALIDATING]
         return self
 
@@ -36,6 +38,8 @@ class LeftWhole:
             _PYRO_STACK[:] = self._handlers
         if _DIM_ALLOCATOR._stack != self._plates:
             _DIM_ALLOCATOR._stack[:] = self._plates
+        if self._coercions != COERCIONS:
+            COERCIONS[:] = self._coercions
         while torch._C._len_torch_dispatch_stack() > self._modes:
             torch._C._pop_torch_dispatch_stack(None)
         while torch._C._len_torch_function_stack() > self._functions:
