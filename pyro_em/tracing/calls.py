@@ -170,6 +170,10 @@ class CallLog(OperationLog):
         with size_guard(self._limit, beneath), mode:
             yield
 
+    def over(self) -> None:
+        """The block has ended."""
+        self._mode = None
+
     def constructed(self, cls: type, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """A distribution of Pyro, noted as one call; None where all calls have to be noted."""
         if self.is_aside or not self.is_complete or not is_told_by_arguments(cls, args, kwargs):
@@ -367,6 +371,7 @@ class _Calls(TorchFunctionMode):
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         end_constructing(self.log.constructed)
+        self.log.over()  # each would keep the other alive
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if type(func) is MethodWrapperType and func.__name__ == "__get__":
