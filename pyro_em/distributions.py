@@ -204,7 +204,8 @@ def are_inside(fn: Any) -> bool:
         False
     """
     base = unwrap(fn)[0]
-    for part in vars(base).values():  # of mixtures, of what is transformed or compounded
+    held = vars(base)
+    for part in held.values():  # of mixtures, of what is transformed or compounded
         if isinstance(part, torch.distributions.Distribution) and not are_inside(part):
             return False
     try:
@@ -212,11 +213,12 @@ def are_inside(fn: Any) -> bool:
     except NotImplementedError:
         return True
     for name, constraint in declared.items():
-        value = vars(base).get(name)  # lazy ones are no arguments that were given
+        value = held.get(name)  # lazy ones are no arguments that were given
         if not isinstance(value, Tensor) or constraints.is_dependent(constraint):
             continue
-        for d in range(value.dim() - constraint.event_dim):  # what was expanded is the same
-            if value.stride(d) == 0 and value.shape[d] > 1:
+        shape, strides = value.shape, value.stride()
+        for d in range(len(shape) - constraint.event_dim):  # what was expanded is the same
+            if strides[d] == 0 and shape[d] > 1:
                 value = value.narrow(d, 0, 1)
         if not satisfies(constraint, value):
             return False
@@ -236,9 +238,7 @@ def satisfies(constraint: constraints.Constraint, value: Tensor) -> bool:
     surely = _SURELY.get(type(constraint))
     if surely is not None and value.numel() and surely(value):
         return True
-    if is_real(constraint) and (
-        math.isfinite(float(value.sum())) or not bool(torch.isnan(value).any())
-    ):
+    if is_real(constraint) and (is_finite(value) or not bool(torch.isnan(value).any())):
         return True  # of finite numbers and of infinite ones, but not of NaN
     return bool(constraint.check(value).all())
 
@@ -278,4 +278,6 @@ def is_finite(value: Tensor) -> bool:
         True
     """
     value = value.detach()
+    if value.numel() <= _FEW:
+        return all(map(math.isfinite, value.reshape(-1).tolist()))
     return math.isfinite(float(value.sum())) or bool(torch.isfinite(value).all())

@@ -44,10 +44,25 @@ class View:
     Attributes:
         recipe: Its place in the compact layout.
         dtype: The dtype there.
+        placed: Its shape and strides there, where it is in the memory of the site's; else None.
     """
 
     recipe: Recipe
     dtype: torch.dtype
+    placed: tuple[torch.Size, tuple[int, ...]] | None = None
+
+    @classmethod
+    def found(cls, tensor: Tensor, recipe: Recipe, dtype: torch.dtype) -> View:
+        """The view that takes a tensor to its group."""
+        view = cls(recipe, dtype)
+        there = view.of(tensor)
+        if there.data_ptr() != tensor.data_ptr() or there.dtype != tensor.dtype:
+            return view
+        return cls(recipe, dtype, (there.shape, there.stride()))
+
+    def numbers(self, tensor: Tensor) -> Tensor:
+        """The same without its way there, which gradients would take."""
+        return self.of(tensor) if self.placed is None else tensor.as_strided(*self.placed)
 
     def of(self, tensor: Tensor) -> Tensor:
         """The tensor as that of the only member of a group. # (1, *dims or 1s, *event)"""
@@ -117,9 +132,14 @@ class SiteAsGroup:
             group.sizes,
             family,
             reinterpreted,
-            View(recipe_for(site["value"], site["fn"].event_dim, dims), group.value.dtype),
+            View.found(
+                site["value"],
+                recipe_for(site["value"], site["fn"].event_dim, dims),
+                group.value.dtype,
+            ),
             {
-                a: View(
+                a: View.found(
+                    held[a],
                     recipe_for(
                         held[a],
                         reinterpreted + family.argument_event_dim(a),
@@ -136,17 +156,16 @@ class SiteAsGroup:
             group.role,
         )
 
-    def copies(self, site: Mapping[str, Any]) -> bool:
-        """Whether the group has other memory than the site, at that of the first run."""
-        held = vars(unwrap(site["fn"])[0])
-        views = [(site["value"], self.value), *((held[a], v) for a, v in self.arguments.items())]
-        return any(view.of(t).data_ptr() != t.data_ptr() for t, view in views)
+    @property
+    def shares_memory(self) -> bool:
+        """Whether the group has the memory of the site."""
+        return all(v.placed is not None for v in (self.value, *self.arguments.values()))
 
     def log_density(self, site: Mapping[str, Any]) -> Tensor:
         """That of the group, without the group. # (1, *sizes)"""
         held = vars(unwrap(site["fn"])[0])
-        value = self.value.of(site["value"])
-        arguments = {a: view.of(held[a]) for a, view in self.arguments.items()}
+        value = self.value.numbers(site["value"])
+        arguments = {a: view.numbers(held[a]) for a, view in self.arguments.items()}
         lead = 1 + len(self.sizes)
         log_p = log_density(self.family, value, arguments, lead, self.event_dims)
         return log_p.expand(1, *self.sizes)
@@ -206,7 +225,9 @@ class LaidGroups(LaterTuple[Group]):
         sites: Those of the run.
     """
 
-    def __init__(self, laid: tuple[SiteAsGroup, ...], sites: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(
+        self, laid: tuple[SiteAsGroup, ...], sites: Mapping[str, Mapping[str, Any]]
+    ) -> None:
         super().__init__(partial(_groups, laid, sites))
         self._laid, self._sites = laid, sites
 
@@ -265,8 +286,7 @@ class LaidOut:
             own = batch + layout.dim_of[name]
             repeated = tuple(d for d in reversed(range(batch)) if d != own)
             latents.append(LatentAsRead(name, latent.plates, latent.batch_dims, repeated))
-        copies = any(g.copies(sites[g.name]) for g in known)
-        out = cls(tuple(latents), known, shares_memory=not copies)
+        out = cls(tuple(latents), known, all(g.shares_memory for g in known))
         return out if _are_alike(graph, out.graph(structure, run)) else None
 
     def graph(self, structure: Structure, run: Run) -> FactorGraph:

@@ -12,9 +12,16 @@ from pyro_em.errors import DegenerateError, message
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.laid_out import LaidGroups
 from pyro_em.posteriors.answers.posterior import Posterior
-from pyro_em.posteriors.contraction import log_sum_exp
+from pyro_em.posteriors.contraction import contract, evidence, log_sum_exp
 from pyro_em.posteriors.elimination import ContractionPlan
-from pyro_em.posteriors.enumeration import EStep, Tables, e_step, forward, run_contraction
+from pyro_em.posteriors.enumeration import (
+    EStep,
+    Tables,
+    e_step,
+    forward,
+    run_contraction,
+    scales_of,
+)
 from pyro_em.posteriors.messages.steps import LEAST, step_cells
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.expectations.statistics import dot, expected_log_joint
@@ -86,7 +93,9 @@ def log_evidence_as_laid(graph: FactorGraph, plan: ContractionPlan) -> float | N
     if not isinstance(groups, LaidGroups) or len(graph.structure.latents) >= LEAST:
         return None
     with torch.no_grad():
-        total = float(forward(graph, plan, groups.log_densities(), log_sum_exp)[2])
+        tables = [t[0].to(torch.float64) for t in groups.log_densities()]
+        terms = contract(plan, tables, scales=scales_of(graph), ring=log_sum_exp)
+        total = float(evidence(terms))
     return total if math.isfinite(total) and total < _SUSPECT else None
 
 
