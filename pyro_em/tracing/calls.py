@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from pyro_em.tracing.allocation import OutputTooLarge, Unwatched, size_guard
 from pyro_em.tracing.constructed import (
     begin_constructing,
+    decides,
     end_constructing,
     is_told_by_arguments,
     tensors_made,
@@ -54,7 +55,6 @@ _OF_THE_FORM = frozenset(
         Tensor.numel,
         Tensor.nelement,
         Tensor.stride,
-        Tensor.storage_offset,
         Tensor.element_size,
         Tensor.is_contiguous,
         Tensor.is_floating_point,
@@ -181,6 +181,8 @@ class CallLog(OperationLog):
         depth = torch._C._len_torch_function_stack()
         if not depth or torch._C._get_function_stack_at(depth - 1) is not self._mode:
             return None  # another mode sees the calls before
+        if not decides(self.constructed):
+            return None
         mode = _pop_mode()
         try:
             noted = cls, *[self._other(a) for a in args]
@@ -308,7 +310,9 @@ class CallLog(OperationLog):
             if self.reading is not None and known[0] not in (MADE, PARAMETER):
                 self.reading.note(tensor)
         dtype = tensor.dtype
-        laid = (tensor.shape, tensor.stride(), tensor.storage_offset(), dtype, tensor.requires_grad)
+        is_given = type(known) is str
+        offset = self._since_begin(tensor, at) if is_given else tensor.storage_offset()
+        laid = (tensor.shape, tensor.stride(), offset, dtype, tensor.requires_grad)
         if dtype in _COUNTING and tensor.numel() == 1:
             return known, laid, int(tensor)  # torch may read it as a size, a bound or a shift
         return known, laid

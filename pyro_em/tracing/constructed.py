@@ -67,6 +67,11 @@ def begin_constructing(construct: Construct) -> None:
     COERCIONS.append(construct)
 
 
+def decides(construct: Construct) -> bool:
+    """Whether nobody asked for distributions after this function did, as ``poutine.collapse`` does."""
+    return bool(COERCIONS) and COERCIONS[-1] == construct
+
+
 def end_constructing(construct: Construct) -> None:
     """Let Pyro make them again."""
     if construct in COERCIONS:

@@ -81,6 +81,7 @@ class OperationLog:
         self.forms: Mapping[str, Hashable | None] = {}
         self.reading = reading
         self._origin: dict[int, Any] = {}
+        self._begins: dict[int, int] = {}  # where what is given begins in its memory, in bytes
         self._end: int | None = None
         self._distinct: dict[Any, Any] = {}
         self.is_aside = False
@@ -116,7 +117,9 @@ class OperationLog:
     def give(self, tensor: Tensor, name: str) -> None:
         """Note the name of a tensor that no operation of the run makes."""
         if tensor.layout is torch.strided and not tensor.is_meta:
-            self._origin[tensor.untyped_storage().data_ptr()] = name
+            at = tensor.untyped_storage().data_ptr()
+            self._origin[at] = name
+            self._begins[at] = tensor.storage_offset() * tensor.element_size()
 
     def know(self, tensor: Tensor, parameter: str) -> None:
         """Note that a tensor, made aside, is the value of a parameter."""
@@ -141,6 +144,8 @@ class OperationLog:
         if offset:
             at -= offset * tensor.element_size()
         known = self._origin.get(at)
+        if isinstance(known, str):
+            offset = self._since_begin(tensor, at)
         if isinstance(known, int) and not is_fresh:
             back = (len(self.entries) if self._end is None else self._end) - known
             known = -back if 0 < back < _NEAR else known
@@ -154,6 +159,13 @@ class OperationLog:
                 self.reading.note(tensor)
         shape, stride, dtype = tensor.shape, tensor.stride(), tensor.dtype
         return self._shared((known, offset, shape, stride, dtype, tensor.requires_grad))
+
+    def _since_begin(self, tensor: Tensor, at: int) -> float:
+        """How many numbers of a tensor fit between its beginning and that of what was given there.
+
+        Data that are some rows of a larger tensor are like any others, wherever they are in it.
+        """
+        return tensor.storage_offset() - self._begins.get(at, 0) / tensor.element_size()
 
     def add_sites(self, sites: Mapping[str, Mapping[str, Any]]) -> None:
         """Note all sites of the run, which is over: their distributions, plates and weights, and

@@ -79,6 +79,16 @@ def test_other_data_say_what_a_first_look_at_them_says(
     assert len(laid_out) > 4
 
 
+def test_the_evidence_takes_no_groups_and_is_that_of_the_posterior(laid_out: list[Any]) -> None:
+    rows = torch.randn(5, 12, 2, generator=torch.Generator().manual_seed(2))  # of one memory
+    em = ExactPosteriorEM(items)
+    found = [em.score(x) for x in rows]
+    later = [g.groups for g in laid_out[1:]]  # the first is held against one that was made
+    assert len(later) > 2
+    assert not any("value" in vars(groups._later) for groups in later)
+    assert found == [pytest.approx(em.posterior(x).log_evidence, rel=1e-6) for x in rows]
+
+
 now: ContextVar[str] = ContextVar("now", default="")  # which no name of a model stands for
 
 

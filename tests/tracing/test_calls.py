@@ -1,11 +1,14 @@
 """What a run asks of torch, written down: equal notes say as much as equal operations."""
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions.distribution import COERCIONS
 from torch.overrides import _push_mode
 from torch.utils._device import DeviceContext
 
@@ -53,12 +56,72 @@ def notes(run, limit=2**20, beneath=False, **given):
         (lambda x: x.T + x.exp(), lambda x: x.T.exp() + x),
         (lambda x: torch.stack([x, x.exp()]), lambda x: torch.stack([x.exp(), x])),
         (lambda x: sum(x.unbind()), lambda x: sum(x.exp().unbind())),
+        (lambda x: torch.var_mean(x)[0] + 1, lambda x: torch.var_mean(x)[1] + 1),
+        (lambda x: x * dist.Normal(x, x.exp()).loc, lambda x: x * dist.Normal(x, x.exp()).scale),
+        (lambda x: dist.Normal(x, x.exp()), lambda x: dist.Normal(x.exp(), x.exp())),
+        (lambda x: dist.Normal(x, 1.0), lambda x: dist.Normal(x, 2.0)),
+        (lambda x: dist.Normal(x, x.exp()), lambda x: dist.Laplace(x, x.exp())),
+        (lambda x: dist.Normal(x, scale=W), lambda x: dist.Normal(x, scale=2 * W)),
+        (lambda x: dist.Categorical(x.exp()), lambda x: dist.Categorical(logits=x.exp())),
+        (
+            lambda x: dist.StudentT(x.exp(), x)._chi2.df + 1,
+            lambda x: dist.StudentT(x.exp(), x).loc + 1,
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:The use of `x.T`")
 def test_runs_that_differ(one, other):
     assert notes(one, x=X)[0] == notes(one, x=X)[0]
     assert notes(one, x=X)[0] != notes(other, x=X)[0]
+
+
+class Own(dist.Normal):
+    """A user's own, which asks torch for more."""
+
+    def __init__(self, loc, scale):
+        super().__init__(loc * 2, scale)
+
+
+def test_a_distribution_is_one_note_where_its_constructor_is_no_users():
+    def number(run, **given):
+        return len(notes(run, x=X, **given)[0])
+
+    assert number(lambda x: dist.Categorical(x.exp().expand(2, 3))) == 4  # one for what it holds
+    assert number(lambda x: Own(x, x.exp())) > 3
+    assert notes(lambda x: Own(x, W), x=X) != notes(lambda x: dist.Normal(x, W), x=X)
+
+
+def test_distributions_are_made_by_those_who_asked_last():
+    made, plain = [], notes(lambda x: dist.Normal(x, W), x=X)
+
+    def another(cls, args, kwargs):
+        made.append(cls)
+
+    def within(x):
+        COERCIONS.append(another)
+        try:
+            dist.Normal(x, W)
+        finally:
+            COERCIONS.remove(another)
+
+    seen = notes(within, x=X)
+    assert made == [dist.Normal]
+    assert COERCIONS == []
+    assert seen != plain
+    assert seen[1]
+
+
+def test_a_log_is_freed_with_the_last_who_holds_it():
+    log = CallLog([], None, None)
+    with log.noting(2**20):
+        dist.Normal(X, W)
+    gone = weakref.ref(log)
+    gc.disable()
+    try:
+        del log
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_numbers_in_arguments_are_no_difference_but_numbers_that_leave_torch_are():
