@@ -38,7 +38,7 @@ from pyro_em.tracing.constructed import (
     tensors_made,
 )
 from pyro_em.tracing.dependences import Reading, checksum
-from pyro_em.tracing.operations import HELD, MADE, PARAMETER, OperationLog
+from pyro_em.tracing.operations import HELD, MADE, PARAMETER, PART, OperationLog
 
 _MOST_CALLS = 4096  # of a run; what is longer is known by its operations
 
@@ -261,7 +261,7 @@ class CallLog(OperationLog):
         """What a call returned that is no tensor; each of several has a place of its own."""
         if isinstance(out, Tensor):
             if self._made(out):
-                self.entries.append(())
+                self.entries.append(PART)
             return Tensor
         if isinstance(out, (list, tuple)):
             return tuple(self._parts(p) for p in out)

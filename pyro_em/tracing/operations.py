@@ -24,6 +24,8 @@ _STRIDED = torch.strided
 
 _OF_TRANSFORMS = ("_inv", "_cached_x_y")  # what a transform remembers of its use
 
+PART = ("one of several that an operation returned",)  # each has a place of its own
+
 MADE, HELD, PARAMETER = "made of numbers", "held by the model", "value of a parameter"
 
 _OPTIONS = (torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
@@ -107,7 +109,7 @@ class OperationLog:
             for part in out:
                 if isinstance(part, Tensor) and not is_view(operation):
                     self._origin[_storage(part)] = len(entries)
-                    entries.append(())  # each of several has a place of its own
+                    entries.append(PART)
         else:
             noted.append(self._other(out))
         note = tuple(noted)
