@@ -5,7 +5,8 @@ A group of factors is evaluated in one of these ways, the first that fits (`layo
     linear       simplex rows, probabilities and rates of all groups as one vector (`natural`, `linear`)
     regressions  arguments that are affine in covariates: Normals (`regression`, `vector_regression`),
                  predictors of other families (`predicted`), those with a dispersion (`dispersed`)
-    components   arguments that differ between components only: `gaussian`, also with missing entries by
+    components   arguments that differ between components only: `gaussian` (its own M-step `components`,
+                 of few numbers `small_components`), also with missing entries by
                  their patterns (`incomplete`) or feature by feature (`masked`), `counts`, `student`,
                  `weibull`, other exponential families (`exponential`)
     others       the family's own density and statistics (`theta`)

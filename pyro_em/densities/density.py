@@ -113,7 +113,7 @@ class NormalSolver(Protocol):
         """The parameters at components."""
         ...
 
-    def m_step(self, components: Any, moments: Tensor, mass: Tensor) -> tuple[Any, Tensor]:
+    def m_step(self, components: Any, moments: Tensor, mass: Tensor) -> tuple[Any, Tensor | float]:
         """The maximiser, and by how much it raises the expected log joint, in nats."""
         ...
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
+from operator import add
 from typing import Any, cast
 
 import torch
@@ -185,7 +186,8 @@ class Theta:
         Raises:
             Handover: If an M-step through tables has to judge.
         """
-        gains, sums = [], expectation.sums
+        gains: list[Tensor | float] = []
+        sums = expectation.sums
         natural = at.natural
         if self.naturals is not None and natural is not None and NATURAL in sums:
             features = sums[NATURAL]["features"]
@@ -213,7 +215,7 @@ class Theta:
         else:
             prepared = {**at.prepared, **{g: c.prepared for g, c in components.items()}}
             after = At(natural, components, at.values, at.arguments, prepared, at.log_prior)
-        total = float(reduce(torch.add, gains))
+        total = float(reduce(add, gains))
         if not math.isfinite(total):
             raise Handover
         return after, total
