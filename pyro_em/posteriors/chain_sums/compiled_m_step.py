@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import cache, cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -133,8 +133,7 @@ class CompiledMStep:
             theta: The parameters of the E-step.
             found: Of each component, numbers and the smoother's results.
         """
-        from pyro_em.posteriors.chain_sums import numba_m_step as compiled
-
+        compiled = _loops()
         numbers = [n for own, _ in found for n in own.sites]
         states = [
             _States.of(own, s, m.dynamics.numpy())
@@ -193,9 +192,7 @@ class CompiledMStep:
 
     def _spreads(self, theta: Numbers, total: Numbers, out: Numbers) -> bool:
         """Put spreads into the new parameters; whether each is clear of a collapse."""
-        from pyro_em.posteriors.chain_sums import numba_m_step as compiled
-
-        own = self.spreads
+        own, compiled = self.spreads, _loops()
         if len(own.chosen):
             natural = np.empty(len(own.chosen))
             if not compiled.deviations(
@@ -239,29 +236,50 @@ class _States:
 
     @classmethod
     def of(cls, own: ChainNumbers, found: Smoothed | SmoothedArrays, dynamics: Places) -> _States:
-        from pyro_em.posteriors.chain_sums.numba_m_step import disturbances
-
         if isinstance(found, Smoothed):
             found = SmoothedArrays(*(_ready(x, x.dtype) for x in SmoothedArrays.of(found)))
         _, _, mean, noise, P, of_P, F, C, of_F = found
         A = _ready(own.arrays[TRANSITION], np.float64)
         U, n = A.shape[1:3]
         sums = np.zeros((3, len(P), U, n, n))
-        disturbances(P, of_P, F, C, of_F, A, dynamics, sums, np.empty((2, n, n)))
+        _loops().disturbances(P, of_P, F, C, of_F, A, dynamics, sums, np.empty((2, n, n)))
         return cls(mean, noise, P, of_P, sums)
+
+
+class _Loops(NamedTuple):
+    """Compiled loops: see `numba_sums` and `numba_m_step`."""
+
+    disturbances: Any
+    means: Any
+    covariances_of_data: Any
+    covariances_of_latents: Any
+    equations: Any
+    solved: Any
+    spreads: Any
+    deviations: Any
+    matrices: Any
+    width: int
+
+
+@cache
+def _loops() -> _Loops:
+    """Those of the M-step; to import them takes time, and Numba."""
+    from pyro_em.posteriors.chain_sums import numba_m_step, numba_sums
+
+    modules = {**vars(numba_sums), **vars(numba_m_step), "width": numba_sums.WIDTH}
+    return _Loops(*(modules[name] for name in _Loops._fields))
 
 
 def _sums_of(laid: _Laid, own: SiteNumbers, states: _States) -> SiteSums:
     """What the M-step needs of a site; squares as a column where entries are independent."""
-    from pyro_em.posteriors.chain_sums import numba_m_step as compiled
-
+    compiled = _loops()
     site, is_matrix = laid.site, laid.site.spread.is_matrix
     lead, (K, Q), D = site.lead, laid.reads.shape, site.width
     q, E = Q + len(laid.features), D if site.by_entry else 1
     phi_phi, r_phi = np.zeros((lead, K, E, q, q)), np.zeros((lead, K, D, q))
     r_r = np.zeros((lead, K, D, D if is_matrix else 1))
     C = own.coefficients
-    rows = np.empty((D + q, min(compiled.WIDTH, len(laid.levels))))
+    rows = np.empty((D + q, min(compiled.width, len(laid.levels))))
     compiled.means(
         states.mean,
         states.noise,

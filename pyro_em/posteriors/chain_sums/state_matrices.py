@@ -7,9 +7,10 @@ once against those of the ordinary way through all sites (`pyro_em.posteriors.st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
+from typing import cast
 
 import numpy as np
 import torch
@@ -229,9 +230,7 @@ class ChainMatrices:
             residual = self._residual(site, theta)
             own.append(SiteNumbers(C, spread, residual))
             if piece.whitened is not None:
-                inverse: Numbers = np.linalg.inv(spread).astype(np.float64, copy=False)
-                np.matmul(inverse, C, out=piece.whitened.of(vector))
-                residual = _by_rows(residual, inverse)
+                residual = _whitened(spread, C, residual, piece.whitened.of(vector))
                 logs = np.log(spread.diagonal(0, -2, -1)).sum(-1)
                 constant -= float((logs * site.count).sum())
             if piece.whitened is None and site.offset.is_constant:
@@ -337,6 +336,30 @@ def _places(site: Site, kinds: Places, n: int, k: int, D: int) -> tuple[Entry, E
 def _whole(x: Tensor) -> Places:
     """Whole numbers of steps, one after the other in memory."""
     return np.ascontiguousarray(x.numpy())
+
+
+def _whitened(spread: Numbers, C: Numbers, residual: Numbers, white: Numbers) -> Numbers:
+    """L⁻¹ r of all steps # (chains, N, K, D); L⁻¹ C goes to `white`.
+
+    Raises:
+        LinAlgError: If L is singular.
+    """
+    chains, N = residual.shape[:2]
+    if compiles(chains * N):
+        out = np.empty_like(residual)
+        _loop()(spread, C, residual, white, out)
+        return out
+    inverse: Numbers = np.linalg.inv(spread).astype(np.float64, copy=False)
+    np.matmul(inverse, C, out=white)
+    return _by_rows(residual, inverse)
+
+
+@cache
+def _loop() -> Callable[..., None]:
+    """Of whitening; to import it takes time, and Numba."""
+    from pyro_em.posteriors.chain_sums.numba_whitening import whiten
+
+    return cast(Callable[..., None], whiten)
 
 
 def _by_rows(x: Numbers, matrices: Numbers) -> Numbers:
