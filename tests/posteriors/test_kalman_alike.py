@@ -180,6 +180,30 @@ def test_a_first_step_that_only_has_a_number_of_its_own() -> None:
     assert torch.equal(found.mean, expected.mean)
 
 
+def ending(space: StateSpace, lengths: list[int]) -> StateSpace:
+    """The same with data up to a step of each chain's own."""
+    T, D = space.value.shape[1:]
+    seen = (torch.arange(T) < torch.tensor(lengths)[:, None])[..., None].expand(-1, -1, D)
+    return replace(space, seen=seen, value=torch.where(seen, space.value, torch.nan))
+
+
+ENDING: dict[str, Callable[[], StateSpace]] = {
+    "one": lambda: ending(chain(), [12]),
+    "each its own": lambda: ending(chain(5, chains=3, drift=1.0), [18, 1, 7]),
+    "two of one length": lambda: ending(chain(5, chains=3, radius=1.1), [9, 18, 9]),
+    "all of one length": lambda: ending(chain(8, chains=2, prior=VAGUE), [11]),
+    "long": lambda: ending(chain(12, 70, chains=3, drift=1.0, n=3, radius=0.4), [70, 45, 61]),
+}
+
+
+@pytest.mark.parametrize("case", ENDING)
+def test_after_the_last_data_states_are_predicted(case: str) -> None:
+    space = ENDING[case]()
+    found = smoothed(space)
+    assert found is not None
+    same(found, kalman_steps.smoothed(with_no_two_alike(space)), 1e-12)
+
+
 def missing(space: StateSpace) -> StateSpace:
     seen = torch.ones(1, *space.value.shape[1:], dtype=torch.bool)
     seen[:, 5] = False
@@ -194,6 +218,8 @@ def broken(space: StateSpace) -> StateSpace:
 
 NOT: dict[str, Callable[[], StateSpace]] = {
     "missing": lambda: missing(chain()),
+    "data of a step's part": lambda: replace(chain(), seen=torch.arange(36).reshape(1, 18, 2) < 23),
+    "a series without data": lambda: ending(chain(chains=2), [18, 0]),
     "a step unlike the others": lambda: broken(chain()),
     "a first step that is seen in its own way": lambda: first_measured(chain(), 2.0),
     "no step alike": lambda: with_no_two_alike(chain()),

@@ -40,6 +40,7 @@ class Numbers(NamedTuple):
         precise: 1/s. # (D,)
         value: y. # (chains, T, D)
         drift: # (chains|1, T, n)
+        lengths: How many steps have data; None if all. # (chains|1,)
     """
 
     A: _Floats
@@ -49,6 +50,7 @@ class Numbers(NamedTuple):
     precise: _Floats
     value: _Floats
     drift: _Floats
+    lengths: _Ints | None = None
 
     @property
     def steps(self) -> int:
@@ -57,8 +59,9 @@ class Numbers(NamedTuple):
 
     @classmethod
     def of(cls, space: StateSpace) -> Numbers | None:
-        """Those of a state-space model; None if steps differ."""
-        if space.seen is not None:
+        """Those of a state-space model; None if steps differ, or have gaps between data."""
+        lengths = None if space.seen is None else _lengths(space.seen.numpy())
+        if lengths is not None and not lengths.all():
             return None
         A, drift, G, u, H, s, v, value = _arrays(space)
         if len(u) < _LEAST or not (_is_one(u[1:]) and _is_one(v[1:])):
@@ -70,7 +73,17 @@ class Numbers(NamedTuple):
         if v[0] != own and not ((H[0, v[0]] == loading).all() and (s[0, v[0]] == s[0, own]).all()):
             return None
         G = G[0, [other, int(u[0])]]
-        return cls(A[0, other], G, loading, loading * w[:, None], w, value, drift)
+        return cls(A[0, other], G, loading, loading * w[:, None], w, value, drift, lengths)
+
+
+def _lengths(seen: NDArray[np.bool_]) -> _Ints:
+    """Up to which step all is seen, and nothing after it; zero if it is otherwise. # (chains|1,)"""
+    whole = seen.all(-1)
+    count = whole.sum(-1)
+    steps = np.arange(seen.shape[1])
+    same = (seen.any(-1) == whole).all(-1) & (whole == (steps < count[:, None])).all(-1)
+    found: _Ints = np.where(same, count, 0)
+    return found
 
 
 def _arrays(space: StateSpace) -> list[NDArray[Any]]:
@@ -103,6 +116,9 @@ class Steady(NamedTuple):
         sizes: log det(I + G'ΛG), that of each step but the first, and of the first one.
         left: log det(I − N P).
         loss: How many times the errors of rounding those of results are.
+        units: Those of numbers of Fᵏ, as `_powers` takes them, and the next two. # (n · n,)
+        limits: How small squares of Fᵏ have to be.
+        doublings: 2 to the power of it is about how many are needed.
         powers: Fᵏ. # (K, n, n)
         covariances: P_t up to the step from which they are alike. # (fore + 1|T, n, n)
         fore: After how many steps the first state makes no difference.
@@ -123,6 +139,9 @@ class Steady(NamedTuple):
     sizes: list[float]
     left: float
     loss: float
+    units: _Floats
+    limits: tuple[float, float, float]
+    doublings: int
     powers: _Floats
     covariances: _Floats
     fore: int
@@ -132,7 +151,7 @@ class Steady(NamedTuple):
     @classmethod
     def of(cls, numbers: Numbers) -> Steady | None:
         """From the numbers of the chains; None where digits would be lost."""
-        A, G, T = numbers.A, numbers.G, numbers.steps
+        A, G = numbers.A, numbers.G
         n, J = len(A), numbers.H.T.dot(numbers.H)
         eye = np.eye(n)
         found = endless(A, G[0].dot(G[0].T), J, eye)
@@ -169,10 +188,7 @@ class Steady(NamedTuple):
         least = max(min(spread), 1e-4 * most)
         limits = _SAME * least / (sum(initial) + sum(spread)), _SAME / known, _NOTHING
         units = (size[:, None] * per).reshape(-1)
-        powers, (fore, back, reach) = _powers(F, units, limits, T, found.doublings)
-        if fore + back >= T:  # no step is like another
-            fore = back = T
-        return cls(
+        alone = cls(
             fixed.information,
             N,
             F,
@@ -185,11 +201,26 @@ class Steady(NamedTuple):
             fixed.sizes,
             own - later,
             max(1.0, told**1.5, vague),
-            powers,
-            _covariances(powers[: min(fore + 1, T)], C, start),
-            fore,
-            back,
-            reach,
+            units,
+            limits,
+            found.doublings,
+            F[None],
+            start[None],
+            0,
+            0,
+            0,
+        )
+        return alone.until(numbers.steps)
+
+    def until(self, T: int) -> Steady:
+        """The same of series of so many steps."""
+        F, first = self.transition, self.covariances[0]
+        powers, (fore, back, reach) = _powers(F, self.units, self.limits, T, self.doublings)
+        if fore + back >= T:  # no step is like another
+            fore = back = T
+        covariances = _covariances(powers[: min(fore + 1, T)], self.noise, first)
+        return self._replace(
+            powers=powers, covariances=covariances, fore=fore, back=back, reach=reach
         )
 
 
