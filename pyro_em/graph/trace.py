@@ -24,7 +24,7 @@ from pyro_em.graph.findings.side_effects import refuse_clearing
 from pyro_em.graph.forms import FEW, forms_of, in_forms
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.many_rows.by_rows import Sites, by_rows
-from pyro_em.graph.many_rows.slices import Slices
+from pyro_em.graph.many_rows.slices import Slices, on_rows_of
 from pyro_em.graph.stacking import Batch, Factor, stacked
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.unrecorded import outside_support
@@ -87,6 +87,7 @@ def trace_graph(
             ``pyro.markov`` scope, or is another model when they are enumerated.
         NotVectorized: If a loop cannot be run over index tensors when it is first looked at.
     """
+    model = on_rows_of(model, structure)
     how: dict[str, Any] = {
         "limit": limit,
         "values": values,

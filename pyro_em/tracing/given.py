@@ -56,6 +56,20 @@ class GivenConjugates(Given):
 
     role = Role.CONJUGATE
 
+    def on_rows(self, plate_dim: int, size: int, batch_dims: Mapping[str, int]) -> Self:
+        """The same with as many rows of its latents as data have that were cut; all rows are alike.
+
+        Args:
+            plate_dim: The dimension of the rows, from the right of the batch.
+            size: How many rows the data have.
+            batch_dims: How many batch dimensions the latents in the plate of the rows have.
+        """
+        values = dict(self.values)
+        for name, dims in batch_dims.items():
+            if values[name].shape[dims + plate_dim] > size:
+                values[name] = values[name].narrow(dims + plate_dim, 0, size)
+        return self.at(values)
+
 
 @dataclass(frozen=True, eq=False)
 class References:

@@ -30,6 +30,7 @@ from pyro_em.distributions import has_finite_support
 from pyro_em.errors import PyroEMError
 from pyro_em.tracing.allocation import NumbersNeeded, Overspent, Shadows, size_guard
 from pyro_em.tracing.calls import CallLog
+from pyro_em.tracing.freed import return_freed_memory
 from pyro_em.tracing.handlers import DrawNothing, KeepValues, SpendLittle, TagSites
 from pyro_em.tracing.lean import EnumTrace, LeanTrace, Met, WatchingTrace
 from pyro_em.tracing.memory import settle
@@ -167,6 +168,7 @@ def plain_run(
         except Overspent:
             set_random_state(begin)
             forget_all_but(known)  # the next run draws their starts from the same state
+            return_freed_memory(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
         return _run_with_shadows(model, args, kwargs)
 
 

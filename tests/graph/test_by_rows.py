@@ -59,8 +59,40 @@ def plain(x: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Bernoulli(p[z]), obs=y)
 
 
+def scaled(x: Tensor, y: Tensor) -> None:
+    """A latent at its unit makes a number of each row, the same in all of them."""
+    mu, s = pyro.param("mu", W[:, 0].clone()), pyro.param("s", W[:, 1].exp(), constraint=C.positive)
+    nu = pyro.param("nu", 3 + W[:, 2].exp(), constraint=C.greater_than(1.0))
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.full((K,), 1 / K, dtype=torch.float64)))
+        w = pyro.sample("w", dist.Gamma(nu[z] / 2, nu[z] / 2))
+        pyro.sample("x", dist.Normal(mu[z], s[z] * w.rsqrt()), obs=x[:, 0])
+
+
+def exposed(x: Tensor, y: Tensor) -> None:
+    """Rows that differ by what the model computes of their data."""
+    a = pyro.param("a", W[:, 1].exp(), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.full((K,), 1 / K, dtype=torch.float64)))
+        rate = pyro.sample("rate", dist.Gamma(a[z], 1.0))
+        pyro.sample("y", dist.Poisson(rate * (0.5 + x[:, 1].abs())), obs=y)
+
+
+def scaled_by_all(x: Tensor, y: Tensor) -> None:
+    scaled(x / x.std(0), y)
+
+
 @pytest.mark.parametrize(
-    ("model", "parted"), [(experts, "n"), (lines, "n"), (centred, ""), (plain, "")]
+    ("model", "parted"),
+    [
+        (experts, "n"),
+        (lines, "n"),
+        (centred, ""),
+        (plain, ""),
+        (scaled, "n"),
+        (exposed, "n"),
+        (scaled_by_all, ""),
+    ],
 )
 def test_a_fit_is_that_of_all_rows(
     model: Model, parted: str, monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from pyro_em.graph.factors import Group
+from pyro_em.graph.later_arguments import LaterArguments
 
 _MANY = 1024  # rows from which on it is looked
 
@@ -20,14 +21,23 @@ def with_alike_once(group: Group) -> Group:
     """
     if not group.n_plates or group.sizes[0] < _MANY or group.nested is not None:
         return group
-    arguments, bindings = dict(group.arguments), dict(group.bindings)
+    later = group.arguments if isinstance(group.arguments, LaterArguments) else None
+    held = dict(group.arguments if later is None else later.held)
+    bindings = dict(group.bindings)
     for name, binding in group.bindings.items():
-        argument = arguments[name]
-        if binding.how not in ("constant", "selection") or argument.shape[1] == 1:
+        argument = held[name]
+        if binding.how not in ("constant", "selection") or group.outlines[name].shape[1] == 1:
             continue
-        if all(_is_alike(t) for t in (*binding.tensors, argument)):
-            arguments[name] = _first(argument)
+        if not all(_is_alike(t) for t in binding.tensors):
+            continue
+        if argument is None:  # it follows from the binding
+            assert later is not None
             bindings[name] = binding.mapped(_first)
+            held[name] = bindings[name].evaluate(later.at).to(later.dtypes[name])
+        elif _is_alike(argument):
+            held[name], bindings[name] = _first(argument), binding.mapped(_first)
+    known = {n: t for n, t in held.items() if t is not None}
+    arguments = known if later is None else later.rebound(known, bindings)
     return replace(group, arguments=arguments, bindings=bindings)
 
 

@@ -33,10 +33,11 @@ from pyro_em.graph.many_rows.given_rows import (
     some_rows,
     tensors_of,
 )
-from pyro_em.graph.many_rows.slices import Slices
+from pyro_em.graph.many_rows.slices import Slices, on_rows_of
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.runs import Model, held_run
+from pyro_em.tracing.sites import Role
 
 Sites = Mapping[str, Mapping[str, Any]]
 Read = Callable[[tuple, Structure, Sites | None], FactorGraph]
@@ -69,7 +70,8 @@ def by_rows(
     few = slices.spread(_FEW)
     try:
         args, structure = slices.at(few)
-        plain = None if looked is None else _plain(model, args, kwargs, structure, looked, few)
+        own = on_rows_of(model, structure)
+        plain = None if looked is None else _plain(own, args, kwargs, structure, looked, few)
         alone = read(args, structure, plain)
         if not _depends_on_rows(alone, slices.plate, bound):
             return None
@@ -110,8 +112,11 @@ def _plain(
 
 
 def _depends_on_rows(graph: FactorGraph, plate: str, bound: bool) -> bool:
-    """Whether some argument has a number for each row and value of a latent, and slices make up all."""
-    found = False
+    """Whether some argument has a number for each row and value of a latent, and slices make up all.
+
+    Where conjugate latents are at their units a number for each row is enough.
+    """
+    found, least = False, 0 if any(g.role is Role.CONJUGATE for g in graph.groups) else 1
     for group in graph.groups:
         if group.raw is not None or group.value_binding is not None or group.nested is not None:
             return False
@@ -123,7 +128,7 @@ def _depends_on_rows(graph: FactorGraph, plate: str, bound: bool) -> bool:
         at = 1 + dims.index(plate)
         for t in group.arguments.values():
             of_latents = t.shape[1 + group.n_plates : 1 + len(group.sizes)]
-            found |= t.shape[at] > 1 and max(of_latents, default=1) > 1
+            found |= t.shape[at] > 1 and max(of_latents, default=1) > least
     return found and not graph.missing
 
 

@@ -76,6 +76,8 @@ class Given:
         found = [self.places.get((flat.dtype, _as_bytes(c))) for c in flat.unbind(1)]
         if any(f is None and bool((c != c[0]).any()) for f, c in zip(found, flat.T, strict=True)):
             raise NotGiven
+        if not any(found):
+            return few[:1].expand(len(self.whole[0]), *rest)
         first, begin = found[0] or (0, 0)
         if found == [(first, begin + i) for i in range(len(found))]:
             out = self.whole[first][:, begin : begin + len(found)]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from pyro_em.graph.structure import Structure
+from pyro_em.tracing.given import GivenConjugates
+from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role
 
 _MANY = 2**21  # cells of all rows from which on slices are worth it
@@ -46,7 +48,7 @@ class Slices:
         args: tuple,
         kwargs: Mapping[str, Any],
         structure: Structure,
-        roles: Collection[Role] = (Role.DATA,),
+        roles: Collection[Role] = (Role.DATA, Role.CONJUGATE),
         many: int | None = None,
         most: int | None = None,
     ) -> Slices | None:
@@ -68,7 +70,9 @@ class Slices:
         rows = structure.plates[plate].size
         cells = max(_cells_of_row(structure, name) for name in structure.sites)
         given = [i.role for i in structure.sites.values() if i.observed]
-        if cells * rows < (many or _MANY) or any(role not in roles for role in given):
+        # At its unit a conjugate latent makes a number of each row of what is the same in all.
+        least = _MANY // 8 if Role.CONJUGATE in given else _MANY
+        if cells * rows < (many or least) or any(role not in roles for role in given):
             return None
         parted = 0
         while parted < len(args) and _rows(args[parted]) == rows:
@@ -99,6 +103,22 @@ class Slices:
         own = replace(self.structure.plates[self.plate], size=size, full_size=size)
         plates = {**self.structure.plates, self.plate: own}
         return args, replace(self.structure, plates=plates, looked=None)
+
+
+def on_rows_of(model: Model, structure: Structure) -> Model:
+    """A model with as many rows of its conjugate latents as its data have, where these were cut.
+
+    Args:
+        model: The model, whose conjugate latents are at their units.
+        structure: The skeleton of the model with the data at hand.
+    """
+    plate = structure.data_plate
+    if plate is None or not isinstance(model, GivenConjugates):
+        return model
+    sites = {n: structure.sites[n] for n in model.values if n in structure.sites}
+    batch_dims = {n: s.batch_dim for n, s in sites.items() if plate in s.plates}
+    at = structure.plates[plate]
+    return model.on_rows(at.dim, at.size, batch_dims)
 
 
 def _cells_of_row(structure: Structure, name: str) -> int:

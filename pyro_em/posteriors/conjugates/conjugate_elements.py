@@ -34,7 +34,8 @@ def elements_of_latent(
     inside = is_within(first, plates)
     if inside:
         own = elements_in(first, plates).to(device)
-        low = own.repeat_interleave(count // max(len(own), 1))
+        each = count // max(len(own), 1)
+        low = own.contiguous() if each == 1 else own.repeat_interleave(each)
     else:
         low = torch.full((count,), torch.iinfo(torch.long).max, device=device)
     high: Tensor | None = None

@@ -275,11 +275,12 @@ def counts_once(group: Group) -> bool:
 def elements_in(group: Group, plates: Sequence[str]) -> Tensor:
     """For each row of a site its element of some plates, as a flat number. # (rows,)"""
     names, sizes = group.dims[0][: group.n_plates], group.sizes[: group.n_plates]
-    out = torch.zeros((1,) * len(sizes), dtype=torch.long)
+    found: Tensor | None = None
     for plate in plates:
         at = names.index(plate)
         index = torch.arange(sizes[at]).reshape(-1, *(1,) * (len(sizes) - at - 1))
-        out = out * sizes[at] + index
+        found = index if found is None else found * sizes[at] + index
+    out = torch.zeros((), dtype=torch.long) if found is None else found
     return out.expand((len(group.members), *sizes)).reshape(-1)
 
 
