@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from pyro.distributions import Categorical
@@ -50,16 +50,29 @@ class _Markov(MarkovMessenger):
     _postprocess_message = nothing
 
 
+class _NoScopes(MarkovMessenger):
+    """``pyro.markov`` in a run without enumeration, where nobody asks for scopes."""
+
+    _process_message = nothing
+    _postprocess_message = nothing
+
+
 class LeanTrace(TraceMessenger):
-    """``poutine.trace``; turns the ``pyro.markov`` contexts that it meets into the quick ones.
+    """``poutine.trace``; turns the ``pyro.markov`` contexts that it meets into quick ones.
+
+    Attributes:
+        counts_scopes: Whether these are asked for the scope of a site.
 
     Args:
         capture: A handler of parameters alone, which none of the many sites has to pass.
     """
 
+    counts_scopes: ClassVar[bool] = False
+
     def __init__(self, capture: ParameterCapture | None = None) -> None:
         super().__init__()
         self.capture = capture
+        self._silenced: list[MarkovMessenger] = []
 
     def _process_message(self, msg: Any) -> None:
         if msg["type"] == "param":
@@ -68,7 +81,17 @@ class LeanTrace(TraceMessenger):
             return
         for handler in _PYRO_STACK:
             if type(handler) is MarkovMessenger:
-                handler.__class__ = _Markov  # from the next site on
+                if self.counts_scopes or _enumerates():
+                    handler.__class__ = _Markov  # from the next site on
+                else:
+                    handler.__class__ = _NoScopes
+                    self._silenced.append(handler)
+
+    def __exit__(self, *exception: Any) -> None:
+        for handler in self._silenced:  # a context that outlives the run counts in later ones
+            handler.__class__ = MarkovMessenger
+        self._silenced.clear()
+        super().__exit__(*exception)
 
     def _postprocess_message(self, msg: Any) -> None:
         name, nodes = msg["name"], self.trace.nodes
@@ -125,6 +148,7 @@ class EnumTrace(LeanTrace, EnumMessenger):
         made: Called there with a value that was made there, and its form; None for nothing.
     """
 
+    counts_scopes: ClassVar[bool] = True
     made: Callable[[Tensor, tuple[Any, ...]], None] | None = None
     draws: Aside | None = None
     met: Met | None = None
@@ -208,6 +232,11 @@ class EnumTrace(LeanTrace, EnumMessenger):
             }
         if self.met is not None and msg["name"] in self.trace.nodes:
             self.met(self.trace.nodes[msg["name"]], self.aside)
+
+
+def _enumerates() -> bool:
+    """Whether a handler around the present site enumerates, as one inside a model may."""
+    return any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
 
 
 def _draw_as_at_first(msg: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pyro
@@ -107,6 +108,32 @@ def test_dimensions_and_scopes_are_those_of_pyro(model: Callable[[], None]) -> N
         one, two = dict(site["infer"]), dict(other["infer"])
         assert dict(one.pop("_markov_scope", {})) == dict(two.pop("_markov_scope", {})), name
         assert one == two, name
+
+
+def test_a_context_of_many_runs_counts_scopes_where_they_are_asked_for() -> None:
+    context = pyro.markov()
+
+    def model() -> None:
+        z: Any = 0
+        with ExitStack() as steps:
+            for t in range(3):
+                steps.enter_context(context)
+                z = latent(f"z_{t}", z)
+
+    def scopes(trace: Any) -> list[dict[str, int]]:
+        with trace as found:
+            model()
+        sites = (found.trace.nodes[f"z_{t}"] for t in range(3))
+        return [dict(site["infer"].get("_markov_scope", {})) for site in sites]
+
+    own = scopes(poutine.trace())
+    assert own[1:] == [{"z_0": 1}, {"z_1": 1}]
+    assert not any(scopes(LeanTrace())[1:])
+    assert type(context) is MarkovMessenger
+    with poutine.enum(first_available_dim=-1):
+        assert scopes(LeanTrace()) == own
+    assert scopes(EnumTrace(first_available_dim=-1)) == own
+    assert scopes(poutine.trace()) == own
 
 
 def _is_whole_support(site: Any) -> bool:

@@ -154,15 +154,13 @@ class FactorTheta:
 
     def values(self, at: Factors) -> dict[str, Tensor]:
         """The parameters by name."""
-        out = {name: value.clone() for name, value in self.start.items()}
-        for part, numbers in (
-            (self.loadings, at.W),
-            (self.mean, at.mu),
-            (self.noise, np.sqrt(at.psi)),
-        ):
-            if part.param is not None:
-                out[part.param] = part.into(numbers, self.start[part.param])
-        return out
+        parts = (self.loadings, at.W), (self.mean, at.mu), (self.noise, np.sqrt(at.psi))
+        solved = {
+            part.param: part.into(numbers, self.start[part.param])
+            for part, numbers in parts
+            if part.param is not None
+        }
+        return {n: solved[n] if n in solved else value.clone() for n, value in self.start.items()}
 
     def log_prior(self, at: Factors) -> float:
         """No parameter has a prior."""
