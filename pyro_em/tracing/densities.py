@@ -6,11 +6,11 @@ from collections.abc import Collection
 from typing import Any
 
 import pyro.distributions as dist
-import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+
+from pyro_em.tracing.bits import lost_bits
 
 
 def add_log_probs(trace: Trace, wanted: Collection[str]) -> None:
@@ -21,7 +21,7 @@ def add_log_probs(trace: Trace, wanted: Collection[str]) -> None:
         wanted: Names of the sites.
 
     Example:
-        >>> import pyro
+        >>> import pyro, torch
         >>> with pyro.poutine.trace() as tracer:
         ...     _ = pyro.sample("x", dist.Bernoulli(logits=torch.zeros(4)).to_event(1))
         >>> add_log_probs(tracer.trace, ["x"])
@@ -62,7 +62,9 @@ def elements_of(site: dict[str, Any]) -> tuple[Tensor, int, int]:
         ValueError: If the density cannot be computed; names the site.
 
     Example:
-        >>> fn = dist.Normal(torch.zeros(2, 3), 1.0).to_event(1)
+        >>> import torch
+        >>> fn = dist.Normal(torch.zeros(2, 3), 1.0, validate_args=False).to_event(1)
+        >>> fn._validate_args = False
         >>> site = {"fn": fn, "value": torch.zeros(2, 3), "scale": 1.0, "mask": None}
         >>> elements_of({**site, "args": (), "kwargs": {}, "name": "x"})[0].shape
         torch.Size([2, 3])
@@ -71,9 +73,9 @@ def elements_of(site: dict[str, Any]) -> tuple[Tensor, int, int]:
     n = fn.reinterpreted_batch_ndims if type(fn) is dist.Independent else 0
     if n == 0 or site["mask"] is not None or isinstance(scale, Tensor) or scale != 1.0:
         return add_log_prob(site), 0, 1
-    lost = _lost_bits(fn, site["value"])
+    lost = lost_bits(fn, site["value"])
     if lost is not None:
-        return lost, n, -1
+        return *lost, -1
     base = fn.base_dist
     if fn._validate_args or base.event_shape:
         return add_log_prob(site), 0, 1
@@ -94,20 +96,8 @@ def _of_independent_bits(fn: Any, value: Any) -> Tensor | None:
 
     A pass over all bits less here and one less in the gradient: 1 to 2% of the step of a VAE.
     """
-    lost = _lost_bits(fn, value)
-    return None if lost is None else -lost.flatten(-fn.reinterpreted_batch_ndims).sum(-1)
-
-
-def _lost_bits(fn: Any, value: Any) -> Tensor | None:
-    """−log p of each bit of an image with logits."""
-    if type(fn) is not dist.Independent or fn.reinterpreted_batch_ndims == 0:
+    lost = lost_bits(fn, value)
+    if lost is None:
         return None
-    base = fn.base_dist
-    if type(base) is not dist.Bernoulli or "logits" not in base.__dict__:
-        return None
-    if fn._validate_args or base._validate_args:
-        return None
-    logits = base.__dict__["logits"]
-    if logits.shape != value.shape:
-        logits, value = torch.broadcast_tensors(logits, value)
-    return binary_cross_entropy_with_logits(logits, value, reduction="none")
+    each, event_dim = lost
+    return -(each.flatten(-event_dim).sum(-1) if event_dim else each)

@@ -70,7 +70,8 @@ class Unvalidated:
         for part, was in zip(_VALIDATING, self._before, strict=True):
             if part.is_validation_enabled() != was:
                 part.enable_validation(was)
-        torch.distributions.Distribution._validate_args = self._of_torch
+        if torch.distributions.Distribution._validate_args != self._of_torch:
+            torch.distributions.Distribution.set_default_validate_args(self._of_torch)
 
 
 def forget_lost_plates() -> None:
