@@ -222,3 +222,24 @@ def test_a_maximum_without_a_search_is_the_one_that_is_found(
         found.append(torch.cat([v.reshape(-1) for _, v in sorted(result.params.items())]))
     assert told and all(t is not None for t in told)
     assert torch.allclose(found[0], found[1], rtol=1e-8)
+
+
+def test_the_half_of_a_parameter_is_a_factor_in_float32_too() -> None:
+    """Gamma(ν/2, ν/2) beside a Normal is a Student-t whose ν is found from sums over rows."""
+    torch.manual_seed(3)
+    y = dist.StudentT(3.0).sample((30,)).double()
+    after = []
+    for x in (y, y.float()):
+
+        def model(x: Tensor) -> None:
+            nu = pyro.param("nu", x.new_tensor(5.0), constraint=C.positive)
+            s = pyro.param("s", x.new_tensor(1.0), constraint=C.positive)
+            with pyro.plate("n", len(x)):
+                u = pyro.sample("u", dist.Gamma(nu / 2, nu / 2))
+                pyro.sample("x", dist.Normal(x.new_zeros(()), s / u.sqrt()), obs=x)
+
+        pyro.clear_param_store()
+        result = ExactPosteriorEM(model).fit(x, max_steps=3, tol=0, progress=False)
+        assert result.params["nu"].dtype == x.dtype
+        after.append(result.params["nu"].double())
+    assert after[1] == pytest.approx(float(after[0]), rel=1e-4)

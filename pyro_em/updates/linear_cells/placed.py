@@ -179,7 +179,7 @@ def _arguments(
             # A Beta holds both of its arguments as one tensor, which both parameters reach.
             if s.param not in coordinates.slices or not bool((s.index >= 0).any()):
                 continue
-            factor = None if s.factor is None else s.factor.to("cpu", torch.float64)
+            factor = None if s.factor is None else s.factor.to("cpu", torch.float64, copy=True)
             s = replace(s, index=s.index.cpu(), factor=factor)
             elements = torch.where(
                 s.index >= 0, s.index + coordinates.slices[s.param].start, elements

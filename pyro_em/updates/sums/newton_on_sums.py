@@ -83,8 +83,10 @@ class NewtonSolver:
     def __init__(self, block: tuple[str, ...], graph: FactorGraph) -> None:
         self.block, self.graph = block, graph
         parameters = [graph.parameters[name] for name in block]
-        self.coordinates = Coordinates.of(parameters)
-        self.places: Places = places_of(self.coordinates, graph)
+        # Steps on sums run in inference mode, whose tensors know no derivatives: factors are copied.
+        with torch.inference_mode(False):
+            self.coordinates = Coordinates.of(parameters)
+            self.places: Places = places_of(self.coordinates, graph)
 
     @property
     def groups(self) -> tuple[int, ...]:
