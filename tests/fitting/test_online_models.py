@@ -390,6 +390,31 @@ def test_one_batch_is_em_on_all_data(model: Any) -> None:
     torch.testing.assert_close(dict(one.params), dict(whole.params), rtol=1e-10, atol=1e-11)
 
 
+def several_data_of_each_row(x: Tensor, e: Tensor) -> None:
+    """Arguments that differ within a row: a known spread, one with parameters, known slopes."""
+    a, m = param("a", np.array(2.0), constraints.positive), param("m", np.array(0.3))
+    s = param("s", np.array(1.0), constraints.positive)
+    with pyro.plate("rows", len(x), dim=-2):
+        first = pyro.sample("first", dist.Gamma(a, a))
+        second = pyro.sample("second", dist.Gamma(a, 1.0))
+        slope = pyro.sample("slope", dist.Normal(0.0, a))
+        with pyro.plate("columns", x.shape[1], dim=-1):
+            pyro.sample("x", dist.Normal(m, s * first.rsqrt()), obs=x)
+            pyro.sample("y", dist.Normal(m, second.rsqrt()), obs=x * e.unsqueeze(-1))
+            pyro.sample("w", dist.Normal(slope * x.sin(), s), obs=x + e.unsqueeze(-1))
+
+
+def test_one_batch_of_rows_of_several_data_is_em_on_all_data() -> None:
+    x = torch.tensor(np.nan_to_num(X)[:12])
+    e = 1.0 + x[:, 0].abs()
+    one = fit(several_data_of_each_row, Chunks(x, e, rows=12), "incremental", 2)
+    pyro.clear_param_store()
+    em = ExactPosteriorEM(several_data_of_each_row)
+    whole = em.fit(x, e, max_steps=2, tol=0, progress=False)
+    assert list(one.history) == pytest.approx(list(whole.history), rel=1e-11)
+    torch.testing.assert_close(dict(one.params), dict(whole.params), rtol=1e-10, atol=1e-11)
+
+
 @pytest.mark.parametrize("rows", [1, 10])
 def test_covariates_that_all_rows_of_a_chunk_share(rows: int) -> None:
     """Rows in the order of a covariate, or one at a time: no chunk shows that it differs."""

@@ -52,8 +52,10 @@ class History(Sequence[float]):
 
     Attributes:
         entering: In nats, one per step.
-        after_m_step: ELBO(q, θ_new) after the M-step of each, in nats; empty in a stochastic fit. An
-            extrapolated point that was not kept has no M-step, and its bound again.
+        after_m_step: ELBO(q, θ_new) after the M-step of each, in nats; empty in a stochastic fit. What
+            is integrated in a block (Gaussian and conjugate latents) has its posterior at θ_new there
+            where the step says so at no cost: the bound is then between ELBO(q, θ_new) and the next
+            evidence. An extrapolated point that was not kept has no M-step, and its bound again.
         validation: Steps with the bound of the validation data, in nats.
 
     Example:

@@ -33,25 +33,24 @@ def factors_of(group: Group) -> Tensor:
 
 
 def with_one_factor(
-    arguments: dict[str, Tensor], bindings: dict[str, Binding], factor: Tensor, outer: int
+    arguments: dict[str, Tensor], bindings: dict[str, Binding], factor: Tensor
 ) -> None:
     """Let a spread of few rows have one known factor.
 
     Args:
-        arguments: Of all rows; that of few is put in.
+        arguments: Of few rows, with the factor of the first; that with the given one is put in.
         bindings: The same.
         factor: # (members, *sizes)
-        outer: The dimension of the rows.
     """
     scale = bindings["scale"]
     (selection,) = scale.selections
     shape = (*factor.shape, *(1,) * (scale.constant.dim() - factor.dim()))
     factor = factor.reshape(shape).to(scale.constant)
-    index = selection.index.narrow(outer, 0, 1).expand(shape)
+    index = selection.index.expand(shape)
     selections = (replace(selection, index=index, factor=factor),)
-    constant = scale.constant.narrow(outer, 0, 1).expand(shape)
+    constant = scale.constant.expand(shape)
     bindings["scale"] = replace(scale, constant=constant, selections=selections)
-    arguments["scale"] = arguments["scale"].narrow(outer, 0, 1).expand(shape)
+    arguments["scale"] = arguments["scale"].expand(shape)
 
 
 def in_parameters(

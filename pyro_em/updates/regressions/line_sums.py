@@ -325,7 +325,7 @@ class LineSite:
         arguments, bindings = self._narrowed()
         if self.scaled:  # Σ w f⁻² of n rows is n f̄⁻²
             factor = (counts / mass).sqrt().transpose(0, 1).reshape(rows[0], *sizes)
-            with_one_factor(arguments, bindings, factor, self.outer)
+            with_one_factor(arguments, bindings, factor)
         if self.sizes:
             one = (1,) * (1 + len(sizes))
             in_parameters(arguments, bindings, self.sizes, (*one, *event), weight)
@@ -352,16 +352,18 @@ class LineSite:
         group = self.group
         left_out = (group.lines or ("loc",)) if self.sizes else ()
         names = [a for a in group.bindings if a not in left_out]
-        arguments = {a: self._one_member(group.arguments[a]) for a in names}
-        bindings = {a: group.bindings[a].mapped(self._one_member) for a in names}
+        arguments = {a: self._first(group.arguments[a]) for a in names}
+        bindings = {a: group.bindings[a].mapped(self._first) for a in names}
         if self.precise:
-            arguments["scale"] = torch.ones_like(arguments["scale"].narrow(self.outer, 0, 1))
+            arguments["scale"] = torch.ones_like(arguments["scale"])
             bindings["scale"] = Binding("constant", (), arguments["scale"])
         return arguments, bindings
 
-    def _one_member(self, t: Tensor) -> Tensor:
-        """What is the same for all members is held once where these are summed."""
-        return t if self.kept[0] else t[:1]
+    def _first(self, t: Tensor) -> Tensor:
+        """The first of each dimension that is summed: arguments are the same there, or in the sums."""
+        for d, kept in enumerate(self.kept):
+            t = t if kept else t.narrow(d, 0, 1)
+        return t
 
 
 def _varies(argument: Tensor, dim: int) -> bool:
