@@ -469,3 +469,20 @@ def test_the_parameters_of_a_step_are_those_of_its_moment_whenever_asked_for() -
     for step, store in zip(steps, held, strict=True):
         for name, value in store.items():
             assert torch.equal(step.params[name], value)
+
+
+def test_a_spread_at_zero_is_not_tried_where_another_density_has_no_zero() -> None:
+    """Where a fit ended, a random effect is tried without its variance; a Gamma reads it here too."""
+
+    def model(x: torch.Tensor) -> None:
+        a = pyro.param("a", torch.tensor(2.0).double(), constraint=constraints.positive)
+        with pyro.plate("groups", len(x), dim=-2):
+            rate = pyro.sample("rate", dist.Gamma(a, a))
+            mean = pyro.sample("mean", dist.Normal(torch.zeros(()).double(), a))
+            with pyro.plate("rows", x.shape[1], dim=-1):
+                pyro.sample("x", dist.Normal(mean, 0.1), obs=x)
+                pyro.sample("y", dist.Exponential(rate), obs=x.abs())
+
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(3, 2)
+    result = ExactPosteriorEM(model).fit(x, max_steps=1, tol=0, progress=False)
+    assert math.isfinite(result.log_evidence)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_em.errors import DegenerateError
+from pyro_em.errors import DataError, DegenerateError
 from pyro_em.graph.bindings.binding import Binding
 from pyro_em.graph.factors import Group
 from pyro_em.plan.part import Part, plate_of_rows
@@ -123,7 +123,8 @@ def _evidence_at(part: Part, values: Mapping[str, Tensor], trial: Trial) -> floa
     at.view(-1)[trial.element] = 0
     try:
         return part.log_evidence_at({**values, trial.parameter: at})
-    except DegenerateError:  # no noise below it, or a prior that excludes the boundary
+    except (DegenerateError, DataError):
+        # There is no noise below it, a prior excludes it, or another density that reads it ends there.
         return -math.inf
 
 
