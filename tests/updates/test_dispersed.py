@@ -262,3 +262,24 @@ def test_gammas_without_noise_are_named(model: Callable[[Density], Callable[...,
             tensor(X), tensor(np.exp(X @ GROUPS[0])), max_steps=8, tol=0
         )
     assert float(result.params["a"].max()) < 1e13
+
+
+@pytest.mark.parametrize("counts", [COUNTS, np.full(len(COUNTS), 3.0) + np.arange(len(COUNTS)) % 2])
+def test_a_component_without_data_keeps_its_dispersion(counts: np.ndarray) -> None:
+    """Counts that vary, and counts that vary less than a Poisson's, all in the second component."""
+    pyro.clear_param_store()
+    model = mixture(COUNTED["by the mean"])
+    data = tensor(X), tensor(counts)
+    em = ExactPosteriorEM(model)
+    q = {"z": torch.tensor([[0.0, 1.0]], dtype=torch.float64).expand(len(counts), 2)}
+    em.plan(*data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PyroEMWarning)  # the second runs off
+        em.m_step(q, *data)
+    a, w = pyro.param("a").detach(), pyro.param("w").detach()
+    np.testing.assert_allclose([*w[0], a[0]], [*GROUPS[0], 2.0], rtol=1e-12)
+    alone = ExactPosteriorEM(regression(COUNTED["by the mean"]))
+    with pyro.get_param_store().scope(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", PyroEMWarning)
+        result = alone.fit(*data, max_steps=1, tol=0, progress=False)
+    np.testing.assert_allclose(w[1], result.params["w"], rtol=1e-5)

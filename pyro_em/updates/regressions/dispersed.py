@@ -321,7 +321,7 @@ def _exponent(power: ElementwiseMap) -> float:
 def positive(found: Curved, logs: Tensor) -> Curved:
     """The same with second derivatives under which a step goes up, and not far.
 
-    Eigenvalues are taken by their absolute values. A logarithm moves by about three at most, also where
+    Eigenvalues are taken by their absolute values, and what no datum reads has none. A logarithm moves by about three at most, also where
     nothing bends: its slope over three is added, which vanishes where Newton's steps converge.
 
     Args:
@@ -342,7 +342,10 @@ def positive(found: Curved, logs: Tensor) -> Curved:
     scale = torch.where(size > 0, size, 1.0).sqrt()
     values, vectors = torch.linalg.eigh(found.curvature / scale / scale.unsqueeze(-1))
     bent = (vectors * values.abs()) @ vectors.mT * scale * scale.unsqueeze(-1)
-    return Curved(found.value, found.gradient, (bent + bent.mT) / 2 + torch.diag(more))
+    # What no datum reads stays apart: rounding would give it a curvature of 1e-31, and no bound.
+    read = (found.curvature != 0).any(-1)
+    bent = torch.where(read & read.unsqueeze(-1), (bent + bent.mT) / 2, 0.0)
+    return Curved(found.value, found.gradient, bent + torch.diag(more))
 
 
 def _transposed_times(J: Tensor, w: Tensor) -> Tensor:
