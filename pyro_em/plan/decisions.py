@@ -13,7 +13,12 @@ from pyro_em.graph.unregistered import unregistered_notes
 from pyro_em.plan.cost import contraction_from_structure
 from pyro_em.plan.hyperparameters import unbounded_joints
 from pyro_em.plan.known_updates import known_updates
-from pyro_em.plan.notes import sites_without_data, support_edges, unconstrained_simplexes
+from pyro_em.plan.notes import (
+    large_matrices,
+    sites_without_data,
+    support_edges,
+    unconstrained_simplexes,
+)
 from pyro_em.plan.program import Program, later_kernel
 from pyro_em.plan.task import Task
 from pyro_em.plan.wishes import matched
@@ -61,7 +66,7 @@ def decided(
         if not task.look_only:  # else no binding is known, and no M-step follows
             updates, of_updates = _updates(task, requested, graph)
             notes += of_updates
-        notes += tuple(sites_without_data(graph, structure))
+        notes += (*sites_without_data(graph, structure), *large_matrices(graph))
     leaves = [p.unconstrained for p in graph.parameters.values()]
     return Program(
         task.model,

@@ -7,14 +7,49 @@ from collections import Counter
 from collections.abc import Mapping
 
 from pyro_em.distributions import is_real
-from pyro_em.errors import message
+from pyro_em.errors import message, sites_in_words
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.program import Program
+from pyro_em.posteriors.gaussians.gaussian import GaussianBlock
 from pyro_em.tracing.missing import Missing
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.unbounded import edge_fixes
 from pyro_em.updates.update import Fixed, Gradient, ParameterUpdate
+
+_LARGE = 4000  # unknowns whose dense matrix takes seconds and gigabytes at each step
+
+_COPIES = 22  # matrices of that size that an E-step and an M-step hold (measured)
+
+_PRODUCTS = 1e10  # products of numbers a second in one thread, as solvers of this size make them
+
+
+def large_matrices(graph: FactorGraph) -> list[str]:
+    """Gaussian latents that are coupled in one large dense matrix, with what a step then takes."""
+    found = []
+    for group in graph.groups:
+        block = group.nested
+        if not isinstance(block, GaussianBlock) or block.unknowns <= _LARGE:
+            continue
+        n = block.dense
+        if n <= _LARGE:
+            continue
+        size, seconds = _COPIES * 8 * n**2 / 2**30, n**3 / _PRODUCTS
+        found.append(
+            message(
+                sites_in_words(list(block.latents)),
+                f"{n:,} unknowns are one matrix without zeros: a step takes about {size:.0f} GiB and "
+                f"{seconds:,.0f} s of one thread.",
+                "nearly every one of them meets every other through sites that read two or more; "
+                "the elements of one plate at a time are eliminated for little",
+                [
+                    "make the smaller plate's effects parameters: pyro.param instead of pyro.sample",
+                    "give a guide that draws one of them: ExactPosteriorEM(model, guide)",
+                    "fit a part of the data, or fewer levels",
+                ],
+            )
+        )
+    return found
 
 
 def unbounded_priors(program: Program) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -351,3 +352,26 @@ def test_penicillin_has_the_published_fit(monkeypatch: pytest.MonkeyPatch) -> No
     assert result.log_evidence - result.history[0] < 1e-7  # that is the maximum
     assert em.posterior(y).mean("u")[0].item() == pytest.approx(0.8044, abs=1e-4)
     assert float(result.standard_errors()["m"]) == pytest.approx(0.744596, rel=1e-4)
+
+
+@pytest.mark.parametrize("levels", [60, 4100])
+def test_two_large_crossed_plates_are_said_before_a_step_is_paid(levels: int) -> None:
+    """What is left is a matrix without zeros of the smaller plate, however few data there are."""
+
+    def model(y: Tensor, a: Tensor, b: Tensor) -> None:
+        spread = pyro.param("spread", torch.tensor(1.0).double(), constraint=constraints.positive)
+        with pyro.plate("first", levels):
+            u = pyro.sample("u", dist.Normal(0.0, spread))
+        with pyro.plate("second", levels):
+            v = pyro.sample("v", dist.Normal(0.0, spread))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(u[a] + v[b], 1.0), obs=y)
+
+    source = torch.Generator().manual_seed(0)
+    a, b = torch.randint(levels, (2, 5 * levels), generator=source)
+    notes = ExactPosteriorEM(model).plan((a % 7).double(), a, b).notes
+    if levels < 4000:
+        assert not notes
+    else:
+        said = r"sites 'u', 'v': 4,0\d\d unknowns are one matrix without zeros: .* 3 GiB"
+        assert len(notes) == 1 and re.match(said, notes[0])

@@ -105,6 +105,21 @@ class GaussianBlock:
         return self.layout.core if isinstance(self.layout, BlockLayout) else 0
 
     @property
+    def dense(self) -> int:
+        """Unknown numbers of the largest matrix without zeros that an E-step factors."""
+        if not isinstance(self.layout, BlockLayout):
+            return 0
+        return self.core or self.layout.largest
+
+    @property
+    def unknowns(self) -> int:
+        """How many numbers all latents are together."""
+        own = [g for g in self.groups if g.role is Role.GAUSSIAN]
+        return sum(
+            len(g.members) * math.prod(g.sizes[: g.n_plates]) * event_shape(g).numel() for g in own
+        )
+
+    @property
     def representative(self) -> GaussianBlock:
         """A dense block whose moments depend on the parameters as those of this one do."""
         return self

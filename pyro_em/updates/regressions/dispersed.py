@@ -321,8 +321,9 @@ def _exponent(power: ElementwiseMap) -> float:
 def positive(found: Curved, logs: Tensor) -> Curved:
     """The same with second derivatives under which a step goes up, and not far.
 
-    Eigenvalues are taken by their absolute values, and what no datum reads has none. A logarithm moves by about three at most, also where
-    nothing bends: its slope over three is added, which vanishes where Newton's steps converge.
+    Eigenvalues are taken by their absolute values, and what no datum reads has none. A logarithm moves
+    by about three at most, also where nothing bends: its slope over three is added, which vanishes
+    where Newton's steps converge.
 
     Args:
         found: A function with its derivatives.
