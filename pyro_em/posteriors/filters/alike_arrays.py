@@ -31,7 +31,8 @@ def arrays_of(numbers: Numbers, steady: Steady) -> SmoothedArrays | None:
         return None
     states, disturbances, squares = means
     T, size = numbers.steps, end.log_determinant
-    nats = T * (len(numbers.H) * math.log(2 * math.pi) - 2 * float(np.log(numbers.precise).sum()))
+    precise = sum(map(math.log, numbers.precise.tolist()))
+    nats = T * (len(numbers.H) * math.log(2 * math.pi) - 2 * precise)
     found = -0.5 * (squares + (size + nats))
     covariances = _covariances(T, steady, end)
     return SmoothedArrays(found, np.array([size]), states, disturbances, *covariances)
@@ -55,10 +56,10 @@ def _covariances(
     kind[0, 0], kind[0, 1 : T - last], kind[0, T - last :] = 0, 1, order[2 : last + 2]
     # As C + … + Fᵏ C F'ᵏ = P − Fᵏ⁺¹ P F'ᵏ⁺¹, what is inverted is that of M, and the second of them.
     M, here = steady.end, powers[:last]
-    left = (moved[1:] @ _t(powers[1:])).reshape(-1, n).dot(M).reshape(here.shape)
-    left += np.eye(n)
+    left = M @ (moved[1:] @ np.ascontiguousarray(_t(powers[1:])))
+    left += powers[0]
     toward = here.reshape(-1, n).dot(C).reshape(here.shape)
-    change = (_t(toward) @ (np.linalg.solve(_t(left), M) @ here)).reshape(-1, n)
+    change = (_t(toward) @ (np.linalg.solve(left, M) @ here)).reshape(-1, n)
     transition, noise = np.empty((2, 1, last + 2, n, n))
     transition[0, 0], transition[0, 1], noise[0, 0], noise[0, 1] = 0.0, F, covariance[0, 0], C
     np.add(F, change.dot(F).reshape(last, n, n)[::-1], out=transition[0, 2:])

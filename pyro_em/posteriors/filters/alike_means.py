@@ -49,9 +49,12 @@ def _of_few(
     y, drift = numbers.value, numbers.drift
     told, states, own = _found(numbers, steady, end, scans, y, drift, None)
     rows, first, whole = states.reshape(-1, len(A)), own, states
-    squares = rows.T.dot(rows).diagonal() / np.maximum(steady.covariance.diagonal(), 1e-300)
-    far = math.sqrt(max(squares.tolist()) / len(rows))
-    error = 1e-16 * end.loss * steady.back * far
+    spread = np.maximum(steady.covariance.diagonal(), 1e-300)
+    each = 1e-32 * (end.loss * steady.back) ** 2 / len(rows)
+    error = each * float(np.vdot(rows, rows)) / min(spread.tolist())
+    if error > _FAR**2:  # of each number by itself, as their units differ
+        error = each * max((rows.T.dot(rows).diagonal() / spread).tolist())
+    error = math.sqrt(error)
     if not error <= _LOST:
         return None
     if error > _FAR:
@@ -68,7 +71,8 @@ def _of_few(
     epsilon[:, 0] = first
     disturbance = _product(epsilon, _turned(G))
     disturbance[:, 0] = first @ first_G.T
-    left = _scaled(y - _product(states, _turned(numbers.loading)), numbers.precise)
+    left = _product(states, _turned(numbers.loading))
+    left = _scaled(np.subtract(y, left, out=left), numbers.precise)
     return whole, disturbance, _squares(epsilon) + _squares(left)
 
 
@@ -137,7 +141,7 @@ def _scaled(x: _Floats, by: _Floats) -> _Floats:
 
 def _product(x: _Floats, by: _Floats) -> _Floats:
     """Of all rows at once. # (chains, T, ·)"""
-    return x.reshape(-1, x.shape[-1]).dot(by).reshape(*x.shape[:-1], -1)
+    return x.reshape(-1, len(by)).dot(by).reshape(*x.shape[:-1], by.shape[1])
 
 
 def _squares(x: _Floats) -> _Floats:

@@ -72,7 +72,8 @@ class Numbers(NamedTuple):
         loading, w = H[0, own], 1.0 / s[0, own]
         if v[0] != own and not ((H[0, v[0]] == loading).all() and (s[0, v[0]] == s[0, own]).all()):
             return None
-        G = G[0, [other, int(u[0])]]
+        first = int(u[0])  # a slice of both is quicker than a list of them
+        G = G[0, other :: first - other][:2] if first != other else G[0, [other, other]]
         return cls(A[0, other], G, loading, loading * w[:, None], w, value, drift, lengths)
 
 
@@ -119,6 +120,7 @@ class Steady(NamedTuple):
         units: Those of numbers of Fᵏ, as `_powers` takes them, and the next two. # (n · n,)
         limits: How small squares of Fᵏ have to be.
         doublings: 2 to the power of it is about how many are needed.
+        start: P of the first state. # (n, n)
         powers: Fᵏ. # (K, n, n)
         covariances: P_t up to the step from which they are alike. # (fore + 1|T, n, n)
         fore: After how many steps the first state makes no difference.
@@ -142,6 +144,7 @@ class Steady(NamedTuple):
     units: _Floats
     limits: tuple[float, float, float]
     doublings: int
+    start: _Floats
     powers: _Floats
     covariances: _Floats
     fore: int
@@ -161,7 +164,7 @@ class Steady(NamedTuple):
         told = max((size * found.covariance.diagonal()).tolist())
         if not (told <= _PRECISE and min(size.tolist()) > 0.0):
             return None
-        fixed = _Fixed.of(A, G, J, found.information)
+        fixed = _Fixed.of(A, G, J, found.information, eye)
         if fixed is None:
             return None
         F, N, C, start = fixed.transition, fixed.later, fixed.noise, fixed.start
@@ -188,7 +191,7 @@ class Steady(NamedTuple):
         least = max(min(spread), 1e-4 * most)
         limits = _SAME * least / (sum(initial) + sum(spread)), _SAME / known, _NOTHING
         units = (size[:, None] * per).reshape(-1)
-        alone = cls(
+        return cls(
             fixed.information,
             N,
             F,
@@ -204,21 +207,14 @@ class Steady(NamedTuple):
             units,
             limits,
             found.doublings,
-            F[None],
-            start[None],
-            0,
-            0,
-            0,
+            start,
+            *_until(F, C, start, units, limits, found.doublings, numbers.steps),
         )
-        return alone.until(numbers.steps)
 
     def until(self, T: int) -> Steady:
         """The same of series of so many steps."""
-        F, first = self.transition, self.covariances[0]
-        powers, (fore, back, reach) = _powers(F, self.units, self.limits, T, self.doublings)
-        if fore + back >= T:  # no step is like another
-            fore = back = T
-        covariances = _covariances(powers[: min(fore + 1, T)], self.noise, first)
+        own = self.transition, self.noise, self.start, self.units, self.limits, self.doublings
+        powers, covariances, fore, back, reach = _until(*own, T)
         return self._replace(
             powers=powers, covariances=covariances, fore=fore, back=back, reach=reach
         )
@@ -250,13 +246,14 @@ class _Fixed(NamedTuple):
     sizes: list[float]
 
     @classmethod
-    def of(cls, A: _Floats, G: _Floats, J: _Floats, near: _Floats) -> _Fixed | None:
+    def of(cls, A: _Floats, G: _Floats, J: _Floats, near: _Floats, eye: _Floats) -> _Fixed | None:
         """From a Λ that is near; None if it is not.
 
         A step of the recursion shows how near it is, and is nearer: it is done again where it is more
         so than by rounding.
         """
-        per, eye, Gt = 1.0 / near.diagonal(), np.eye(G.shape[-1]), G.swapaxes(-1, -2)
+        per, Gt, k = 1.0 / near.diagonal(), G.swapaxes(-1, -2), G.shape[-1]
+        eye = eye if k == len(eye) else np.eye(k)
         for _ in range(_AGAIN):
             matrix = Gt @ near @ G
             matrix += eye
@@ -277,6 +274,22 @@ class _Fixed(NamedTuple):
         sizes = np.linalg.slogdet(matrix)[1].tolist()
         C, start = gains @ Gt
         return cls(near, later, F, C, start, gain, pull, inverse[1], sizes)
+
+
+def _until(
+    F: _Floats,
+    C: _Floats,
+    start: _Floats,
+    units: _Floats,
+    limits: tuple[float, float, float],
+    doublings: int,
+    T: int,
+) -> tuple[_Floats, _Floats, int, int, int]:
+    """What depends on the number of steps: the last five attributes of `Steady`, from others."""
+    powers, (fore, back, reach) = _powers(F, units, limits, T, doublings)
+    if fore + back >= T:  # no step is like another
+        fore = back = T
+    return powers, _covariances(powers[: min(fore + 1, T)], C, start), fore, back, reach
 
 
 def _powers(
@@ -317,7 +330,7 @@ def _covariances(powers: _Floats, C: _Floats, first: _Floats) -> _Floats:
     n = len(C)
     moved = powers.reshape(-1, n).dot(np.concatenate((C, first), 1))
     sides = moved.reshape(-1, n, 2, n).transpose(2, 0, 1, 3)
-    sums, own = sides @ powers.swapaxes(-1, -2)
+    sums, own = sides @ np.ascontiguousarray(powers.swapaxes(-1, -2))
     own[1:] += np.add.accumulate(sums[:-1])
     return own
 

@@ -65,8 +65,10 @@ def endless(A: _Floats, Q: _Floats, J: _Floats, eye: _Floats) -> Endless | None:
         information, Y = information + more, np.add(Y, wider, out=both[:, n:])
         A = both[:, :n]
         # In what has no units: how much more all states together would be known.
-        if np.vdot(more, Y) + np.vdot(wider, information) <= _NEAR and bool(
-            (more.diagonal() <= _NEAR * information.diagonal()).all()
+        if (
+            np.vdot(more, Y) <= _NEAR
+            and np.vdot(wider, information) <= _NEAR
+            and bool((more.diagonal() <= _NEAR * information.diagonal()).all())
         ):
             return Endless(information, Y, count)
     return None
