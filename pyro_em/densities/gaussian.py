@@ -308,12 +308,15 @@ class GaussianForm:
         x = value.reshape(math.prod(value.shape[: self.lead]), -1)
         mean = x.mean(0, dtype=torch.float64) if known is None else known.mean
         centre = mean.to(x.dtype)
+        reach2 = None if known is None else known.reach2
+        own = (self.diagonal, self.spread, self.K, self.scalar, self.lead)
+        if len(x) <= _BLOCK:
+            rows = (x - centre).T.contiguous()
+            return Gaussian(rows, centre.to(torch.float64), *own, reach2)
         rows = x.new_empty(x.shape[1], x.shape[0])
         for begin in range(0, len(x), _BLOCK):  # what is transposed stays in the cache
             end = begin + _BLOCK
             torch.sub(x[begin:end].T, centre.unsqueeze(-1), out=rows[:, begin:end])
-        reach2 = None if known is None else known.reach2
-        own = (self.diagonal, self.spread, self.K, self.scalar, self.lead)
         return Gaussian(rows, centre.to(torch.float64), *own, reach2)
 
 

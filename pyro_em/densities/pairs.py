@@ -7,8 +7,12 @@ memory, each of these blocks is the product of x and the D rows from the d-th on
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+
+_FEW = 2**12  # products up to which one of all copies is quicker than one of each block
 
 
 def upper_pairs(D: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -25,6 +29,12 @@ def upper_pairs(D: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.minimum(i, j), torch.maximum(i, j)
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _known_pairs(D: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    return upper_pairs(D, device)
+
+
 def unfolding(D: int, device: torch.device) -> Tensor:
     """For each element of a symmetric matrix its place among the `upper_pairs`. # (D * D,)"""
     i, j = upper_pairs(D, device)
@@ -36,6 +46,9 @@ def unfolding(D: int, device: torch.device) -> Tensor:
 def with_products(x: Tensor) -> Tensor:
     """x, and x_i x_j of the `upper_pairs`. # (D, rows) to (D + P, rows)"""
     D, rows = x.shape
+    if D * (D + 1) // 2 * rows <= _FEW:
+        i, j = _known_pairs(D, x.device)
+        return torch.cat([x, x.index_select(0, i) * x.index_select(0, j)])
     out = x.new_empty(2 * D + D * (D + 1) // 2, rows)
     out[: 2 * D].view(2, D, rows).copy_(x)
     blocks = (D + 1) // 2

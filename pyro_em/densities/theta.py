@@ -120,6 +120,13 @@ class Theta:
         end = 1 + self.graph.groups[g].n_plates
         return any(n != 1 for a in self.evaluators[g].values() for n in a.shape[1:end])
 
+    @property
+    def has_prior(self) -> bool:
+        """Whether a parameter has a prior."""
+        if self.prior.counts is not None or self.prior.rest:
+            return True
+        return any(isinstance(d, WithRidge) and d.ridge is not None for d in self.owned.values())
+
     @torch.no_grad()
     def enter(self, values: Values) -> At:
         """Parameter values in the form of the E-step.
@@ -129,10 +136,11 @@ class Theta:
         """
         natural = None if self.naturals is None else self.naturals.enter(values)
         components = {g: density.enter(values) for g, density in self.owned.items()}
-        in_vectors = self._held()
+        in_vectors = self._held
         rest = {name: v for name, v in values.items() if name not in in_vectors}
         return self._at(natural, components, rest)
 
+    @cached_property
     def _held(self) -> frozenset[str]:
         names = set() if self.naturals is None else set(self.naturals.solved)
         for density in self.owned.values():

@@ -203,7 +203,8 @@ def apply_floors(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> 
     """Raise spreads that start below the floor that the user asked for."""
     with torch.no_grad():
         for name, update in updates.items():
-            if floor_of(update) <= 0:
+            has_floor = isinstance(update.update, ClosedForm) and update.update.floor > 0
+            if not has_floor or floor_of(update) <= 0:
                 continue
             value = graph.parameters[name].value()
             raised = apply_floor(update, value)

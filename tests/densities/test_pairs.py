@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from pyro_em.densities import pairs
 from pyro_em.densities.pairs import products, unfolding, upper_pairs, with_products
 
 
+@pytest.mark.parametrize("few", [0, pairs._FEW])
 @pytest.mark.parametrize("D", [1, 2, 3, 4, 7, 8])
-def test_each_pair_once_in_one_order(D: int) -> None:
+def test_each_pair_once_in_one_order(D: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "_FEW", few)
     wide = torch.arange(1.0, 5 * D + 1, dtype=torch.float64).reshape(D, 5)
     device = wide.device
     for x in (wide, wide[:, 1:4], wide.reshape(5, D).T):

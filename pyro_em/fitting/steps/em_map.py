@@ -186,9 +186,9 @@ def write(
                 write_unconstrained(p, value)
 
 
-def allowed_fall(objective: float, eps: float) -> float:
-    """By how much rounding may lower an objective."""
-    return (1e-9 if eps < 1e-12 else 1e-5) * max(1.0, abs(objective))
+def allowed_fall(eps: float) -> float:
+    """By how much of an objective rounding may lower it; of one below a nat, in nats."""
+    return 1e-9 if eps < 1e-12 else 1e-5
 
 
 def values_at(point: Point) -> Values:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_em.densities.theta import Theta
 from pyro_em.densities.tying import Arguments
 from pyro_em.errors import Handover
 from pyro_em.fitting.steps.parted import Parted
@@ -37,10 +38,13 @@ class OnSums:
     """
 
     _holds_many: bool  # whether its E-steps hold numbers of each of many rows
+    _has_prior: bool  # whether a parameter may have one
 
     def __init__(self, program: Program, block: QuickSteps, data: Parted | None = None) -> None:
         self.program, self.block, self.data = program, block, data
         self._holds_many = False
+        theta = block.theta
+        self._has_prior = not isinstance(theta, Theta) or theta.has_prior
 
     @torch.inference_mode()
     def e_step(self, values: Values | None = None, index: int = 0) -> SumsPoint:
@@ -121,7 +125,8 @@ class OnSums:
             expectation = self.expectation(after)
         except torch.linalg.LinAlgError as error:
             raise Handover from error
-        return self.point(after, expectation, theta.log_prior(after)), at.objective + gain
+        log_prior = theta.log_prior(after) if self._has_prior else 0.0
+        return self.point(after, expectation, log_prior), at.objective + gain
 
 
 def on_sums(program: Program, data: Parted | None = None) -> OnSums | None:

@@ -103,6 +103,7 @@ class Guarded:
             if self.data is None
             else ByParts(self.data, self.state)
         )
+        self._rounding = allowed_fall(program.graph.eps)
 
     @property
     def program(self) -> Program:
@@ -226,8 +227,11 @@ class Guarded:
         return Step(at, bound, after, is_public=True)
 
     def _has_fallen(self, at: Point, after: Point) -> bool:
-        allowed = allowed_fall(at.objective, self.program.graph.eps)
-        return after.objective < at.objective - allowed
+        return after.objective < at.objective - self._allowed_fall(at)
+
+    def _allowed_fall(self, at: Point) -> float:
+        """By how much rounding may lower the objective, in nats."""
+        return self._rounding * max(1.0, abs(at.objective))
 
     def _sound_step(self, at: Point, index: int, verify: bool, touched: bool) -> Step:
         program = self.program
@@ -242,7 +246,7 @@ class Guarded:
             after, bound = self.sound.step(self.sound.e_step(index=index), index)
             if self.data is None:
                 bound = after_m_step(at, after.evaluation.tables)
-        allowed = allowed_fall(at.objective, self.program.graph.eps)
+        allowed = self._allowed_fall(at)
         if not touched and self.sound.has_fallen(at, after, allowed):
             restore(self.program.graph.parameters, origin)
             raise Fell

@@ -96,12 +96,13 @@ def _taken_up(em: Guarded, run: EMRun) -> bool:
 def _set_out(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r: int) -> EMRun:
     """The first parameters of a start and the E-step at them; without it, the status says why."""
     em.start_over()
-    run = EMRun(snapshot(em.program.graph.parameters), name=name_of_start(init))
+    graph = em.program.graph
+    run = EMRun(snapshot(graph.parameters), name=name_of_start(init))
     if init is not None:
-        run.initial_values = values_of(em.program.graph.parameters)
+        run.initial_values = values_of(graph.parameters)
     try:
         beginning.write_for_all(init)
-        apply_floors(em.program.graph, em.program.updates)
+        apply_floors(graph, em.program.updates)
         at = em.e_step()
     except (DegenerateError, DataError) as error:
         if r == 0:
