@@ -29,6 +29,7 @@ from pyro_em.graph.stacking import Batch, Factor, stacked
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.unrecorded import outside_support
 from pyro_em.graph.vectorised_loops.unrolled import unrolled_graph
+from pyro_em.tracing.freed import return_freed_memory
 from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.loops import NotVectorized, vectorizing
 from pyro_em.tracing.missing import missing_of
@@ -145,6 +146,7 @@ def _in_slices(
     slices = Slices.of(args, kwargs, structure)
     if slices is None:
         return None
+    return_freed_memory(a for a in args if isinstance(a, Tensor))
     silent = {**how, "log": None}
 
     def read(own: tuple, part: Structure, plain: Sites | None) -> FactorGraph:

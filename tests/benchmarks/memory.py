@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM
-from tests.benchmarks.conjugates import fresh
+from tests.benchmarks.conjugates import data, fresh, tails
 from tests.benchmarks.growth import peak
 from tests.benchmarks.regressions import logistic, logistic_data
 
@@ -61,6 +61,81 @@ def additive(x: Tensor, start: Tensor) -> None:
         pyro.sample("x", dist.Normal(a[z] + b[v], s).to_event(1), obs=x)
 
 
+def students(x: Tensor, start: Tensor) -> None:
+    """Student distributions by conjugate scales, one of each row."""
+    p, mu = _weights(len(start)), pyro.param("mu", start.clone())
+    s = pyro.param("s", torch.ones_like(start), constraint=C.positive)
+    nu = pyro.param("nu", torch.full_like(start, 5.0), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(p))
+        w = pyro.sample("w", dist.Gamma(nu[z] / 2, nu[z] / 2))
+        pyro.sample("x", dist.Normal(mu[z], s[z] / w.sqrt()), obs=x)
+
+
+def rates(x: Tensor, start: Tensor) -> None:
+    """Poisson counts whose rates are conjugate latents, one of each row."""
+    p, a = _weights(len(start)), pyro.param("a", start.clone(), constraint=C.positive)
+    b = pyro.param("b", torch.ones_like(start), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(p))
+        rate = pyro.sample("rate", dist.Gamma(a[z], b[z]))
+        pyro.sample("x", dist.Poisson(rate), obs=x)
+
+
+def betas(x: Tensor, start: Tensor) -> None:
+    """Beta distributions."""
+    p, a = _weights(len(start)), pyro.param("a", start.clone(), constraint=C.positive)
+    b = pyro.param("b", start.flip(0), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(p))
+        pyro.sample("x", dist.Beta(a[z], b[z]), obs=x)
+
+
+def weibulls(x: Tensor, start: Tensor) -> None:
+    """Weibull distributions."""
+    p, a = _weights(len(start)), pyro.param("a", start.clone(), constraint=C.positive)
+    b = pyro.param("b", torch.full_like(start, 2.0), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(p))
+        pyro.sample("x", dist.Weibull(a[z], b[z]), obs=x)
+
+
+def weighed(x: Tensor, weights: Tensor, start: Tensor) -> None:
+    """Gaussians with diagonal covariances, rows with weights of their own."""
+    p, mu = _weights(len(start)), pyro.param("mu", start.clone())
+    s = pyro.param("s", torch.ones_like(start), constraint=C.positive)
+    with pyro.plate("n", len(x)), pyro.poutine.scale(scale=weights):
+        z = pyro.sample("z", dist.Categorical(p))
+        pyro.sample("x", dist.Normal(mu[z], s[z]).to_event(1), obs=x)
+
+
+def _spread(kind: str) -> Callable[[int], tuple[Tensor, ...]]:
+    """Data of one number in a row, of components that lie apart, and a start."""
+
+    def drawn(rows: int) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        level = torch.linspace(1, 60, COMPONENTS).double()
+        own = level[torch.randint(COMPONENTS, (rows,))]
+        if kind == "students":
+            five = torch.tensor(5.0).double()
+            noise = torch.distributions.StudentT(five).sample((rows,))
+            return own + noise, level + 0.3
+        if kind == "rates":
+            return torch.poisson(torch.distributions.Gamma(own, 1.0).sample()), 1.1 * level
+        if kind == "betas":
+            a = own / 8 + 0.5
+            x = torch.distributions.Beta(a, 8.5 - a).sample()
+            return x.clamp_(1e-6, 1 - 1e-6), level / 8 + 0.5
+        return torch.distributions.Weibull(own, 3.0 + 0 * own).sample(), 1.1 * level
+
+    return drawn
+
+
+def _weighed_data(rows: int) -> tuple[Tensor, ...]:
+    x, start = _clusters(rows)
+    return x, torch.rand(rows).double() + 0.5, start
+
+
 def _clusters(rows: int, missing: float = 0.0) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     centres = 3 * torch.randn(COMPONENTS, WIDTH).double()
@@ -92,17 +167,23 @@ MODELS: dict[str, tuple[str, Callable[..., None], Callable[[int], Any], dict[str
         lambda rows: logistic_data(rows, WIDTH, COMPONENTS),
         {},
     ),
+    "tails": ("Student by conjugate scales", tails, lambda rows: data("tails", rows), {}),
+    "students": ("the same in a mixture", students, _spread("students"), {}),
+    "rates": ("Poisson with conjugate rates", rates, _spread("rates"), {}),
+    "betas": ("Beta", betas, _spread("betas"), {}),
+    "weibulls": ("Weibull", weibulls, _spread("weibulls"), {}),
+    "weighed": ("Gaussians, diagonal, rows with weights", weighed, _weighed_data, {}),
 }
 
 
 def measure(kind: str) -> tuple[float, float]:
     """In this process: MiB above the data, and processor time, of a fit of three steps."""
     torch.set_num_threads(1)
-    _, model, data, options = MODELS[kind]
+    _, model, make, options = MODELS[kind]
     for rows in (2000, 150_000):
-        ExactPosteriorEM(model, **options).fit(*data(rows), max_steps=2, tol=0, progress=False)
+        ExactPosteriorEM(model, **options).fit(*make(rows), max_steps=2, tol=0, progress=False)
         pyro.clear_param_store()
-    given = data(ROWS)
+    given = make(ROWS)
     base, begin = fresh(), time.process_time()
     em = ExactPosteriorEM(model, **options)
     em.fit(*given, max_steps=3, tol=0, progress=False)

@@ -78,6 +78,14 @@ def exposed(x: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Poisson(rate * (0.5 + x[:, 1].abs())), obs=y)
 
 
+def weibulls(x: Tensor, y: Tensor) -> None:
+    """A distribution that computes numbers for each row and component when a plate expands it."""
+    a = pyro.param("a", W[:, 1].exp(), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.full((K,), 1 / K, dtype=torch.float64)))
+        pyro.sample("x", dist.Weibull(a[z], 2.0), obs=x[:, 0].abs())
+
+
 def scaled_by_all(x: Tensor, y: Tensor) -> None:
     scaled(x / x.std(0), y)
 
@@ -92,6 +100,7 @@ def scaled_by_all(x: Tensor, y: Tensor) -> None:
         (scaled, "n"),
         (exposed, "n"),
         (scaled_by_all, ""),
+        (weibulls, "n"),
     ],
 )
 def test_a_fit_is_that_of_all_rows(

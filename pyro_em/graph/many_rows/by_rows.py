@@ -44,6 +44,9 @@ Read = Callable[[tuple, Structure, Sites | None], FactorGraph]
 
 _FEW = 64  # rows that are read by themselves
 
+# Distributions of torch that compute numbers of all rows and components when a plate expands them.
+_COMPUTING = frozenset({"Beta", "Weibull"})
+
 
 def by_rows(
     model: Model,
@@ -126,6 +129,7 @@ def _depends_on_rows(graph: FactorGraph, plate: str, bound: bool) -> bool:
         if plate not in dims:
             continue
         at = 1 + dims.index(plate)
+        found |= group.distribution in _COMPUTING and len(dims) > group.n_plates
         for t in group.arguments.values():
             of_latents = t.shape[1 + group.n_plates : 1 + len(group.sizes)]
             found |= t.shape[at] > 1 and max(of_latents, default=1) > least

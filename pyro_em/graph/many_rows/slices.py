@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role
 
 _MANY = 2**21  # cells of all rows from which on slices are worth it
+
+_OFTEN = 16  # slices after which what is left of them is looked for
 
 _CELLS = 2**16  # of a slice, of which a model makes numbers for each covariate
 
@@ -84,9 +87,16 @@ class Slices:
         return cls(args, parted, structure, plate, rows, max(2, (most or _CELLS) // cells))
 
     def __iter__(self) -> Iterator[slice]:
-        """Slices of about equal length."""
+        """Slices of about equal length.
+
+        Distributions that are made of others (a Weibull) stay until Python looks for garbage, which is
+        rare while a model is read; of many slices that would be as much as one run on all rows makes.
+        """
         ends = np.linspace(0, self.rows, math.ceil(self.rows / self.most) + 1).astype(int).tolist()
-        return (slice(a, b) for a, b in pairwise(ends))
+        for i, (a, b) in enumerate(pairwise(ends), start=1):
+            yield slice(a, b)
+            if i % _OFTEN == 0 and gc.isenabled():
+                gc.collect(0)
 
     def spread(self, most: int) -> Tensor:
         """Some rows that lie far apart, in order. # (most or fewer,)"""
