@@ -25,6 +25,8 @@ from pyro_em.tracing.constrained import constrained
 from pyro_em.tracing.memory import own_start, settle
 from pyro_em.tracing.operations import OperationLog
 
+_FOUND = ("transform", "inverse")  # what a parameter finds by itself
+
 
 @dataclass(frozen=True, eq=False)
 class TracedParameter:
@@ -66,9 +68,14 @@ class TracedParameter:
         """From unconstrained values to constrained ones."""
         return transform_to(self.constraint)
 
+    @cached_property
+    def inverse(self) -> Transform:
+        """From constrained values to unconstrained ones; making it takes longer than using it."""
+        return self.transform.inv
+
     def __getstate__(self) -> dict[str, Any]:
         """The attributes of a copy: what it needs to be quick it finds by itself."""
-        return {name: v for name, v in vars(self).items() if name != "transform"}
+        return {name: v for name, v in vars(self).items() if name not in _FOUND}
 
 
 class NoTensor(Exception):
@@ -350,7 +357,7 @@ def alive(parameters: Mapping[str, TracedParameter]) -> dict[str, TracedParamete
 def write_unconstrained(parameter: TracedParameter, value: torch.Tensor) -> None:
     """Write a constrained value in place into the parameter's unconstrained leaf."""
     with torch.no_grad():
-        parameter.unconstrained.copy_(parameter.transform.inv(value))
+        parameter.unconstrained.copy_(parameter.inverse(value))
 
 
 def values_of(parameters: Mapping[str, TracedParameter]) -> dict[str, torch.Tensor]:
