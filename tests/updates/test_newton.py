@@ -30,6 +30,8 @@ from pyro_em import (
 )
 from pyro_em.graph.bindings.autograd import bind
 from pyro_em.graph.bindings.useful import Useful
+from pyro_em.updates.regressions.curved import Curved
+from pyro_em.updates.regressions.newton import climb
 
 N = 40
 RNG = np.random.default_rng(8)
@@ -354,3 +356,18 @@ def test_a_start_in_another_unit_is_left(unit: str) -> None:
     assert result.log_evidence == pytest.approx(expected, rel=1e-9)
     scale = 10.0 if unit == "years" else 1e8
     assert float(result.params["b"]) * scale == pytest.approx(theta[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("start", [2.0, 12.0])
+def test_a_climb_ends_in_the_rounding_of_values(start: float) -> None:
+    """A slope that never ends, of values that are rounded by 1e-5 nats, as those of float32 are."""
+    places = []
+
+    def of(x: Tensor) -> Curved:
+        places.append(float(x))
+        left = (-x).exp()
+        return Curved(-1e-5 * (1e5 * left.sum()).round(), left, torch.diag(left))
+
+    end = climb(of, tensor([start])).place
+    assert len(places) < 100
+    assert float((-end).exp()) < 1e-5

@@ -10,6 +10,9 @@ data are separated no maximum exists: the predictor goes on by one with each ste
 Far from the maximum a predictor may be so large that its curvature is zero where its slope is not (a
 covariate in years, at a start of another unit): Newton's method knows no step along such directions.
 There the slope itself is followed, to where it changes its sign.
+
+Values of float32 data are rounded by more than a step may gain. A step that has to be cut to a small
+part, and then gains nothing that counts, is the last one.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from pyro_em.updates.regressions.pseudo_inverse import pseudo_solve
 _STEPS = 200
 
 _HALVINGS = 40
+
+_SHORT = 1 / 16  # of a step: where that gains nothing that counts, it is the rounding of values
 
 _GAIN = 1e-10  # nats
 
@@ -122,7 +127,10 @@ def climb(
             here, now = further
             curvature, is_fresh, before = now.curvature, True, 0.0
             continue
+        is_noise = size < _SHORT and not bool(new.value - now.value > _GAIN)
         here, now, is_fresh, expected = there, new, not is_last, following
+        if is_noise:
+            break
         if is_fresh:
             curvature, before = now.curvature, gain if size == 1.0 else 0.0
     return Climb(here, now.value - begin.value, last, True)
