@@ -30,6 +30,7 @@ from pyro_em.families import (
     uniform,
     weibull,
     wishart,
+    zero_inflated,
 )
 from pyro_em.families.family import BUILT_IN, Family, Rule
 
@@ -48,6 +49,7 @@ REGISTRY: dict[type, Family] = {
         uniform,
         weibull,
         wishart,
+        zero_inflated,
     )
     for family in module.FAMILIES
 }

@@ -80,6 +80,31 @@ def test_small_numbers_and_ends_of_the_compound_families() -> None:
     torch.testing.assert_close(found, several.log_prob(counts))
 
 
+@pytest.mark.parametrize("gate", [{"gate": T(0.3)}, {"gate_logits": T(-0.8)}, {"gate": T(0.0)}])
+def test_zero_inflated_counts_have_the_density_of_their_counts(gate: dict[str, Tensor]) -> None:
+    x, rate = torch.arange(6.0).to(T(0.0)), T(1.7)
+    poisson = dist.ZeroInflatedPoisson(rate, **gate)
+    moderate = T(2.5), T(0.4)
+    others = [
+        dist.ZeroInflatedNegativeBinomial(moderate[0], probs=moderate[1], **gate),
+        dist.ZeroInflatedNegativeBinomial(moderate[0], logits=moderate[1], **gate),
+    ]
+    for theirs in (poisson, *others):
+        family = family_of(theirs)
+        assert family is not None
+        found = family.log_prob(x, given_arguments(theirs, family))
+        torch.testing.assert_close(found, theirs.log_prob(x))
+    large = T(
+        1e12
+    )  # counts that vary as a Poisson's: a difference of gamma functions is off by 1e-3
+    limit = dist.ZeroInflatedNegativeBinomial(large, probs=rate / (large + rate), **gate)
+    family = family_of(limit)
+    assert family is not None
+    found = family.log_prob(x, given_arguments(limit, family))
+    torch.testing.assert_close(found, poisson.log_prob(x), rtol=1e-10, atol=1e-10)
+    assert float((limit.log_prob(x) - poisson.log_prob(x)).abs().max()) > 1e-4
+
+
 def _mixture(of: Callable[[Tensor], dist.Distribution]) -> Callable[[Tensor], None]:
     def model(y: Tensor) -> None:
         w = pyro.param("w", T([0.4, 0.6]), constraint=constraints.simplex)
