@@ -216,6 +216,13 @@ def broken(space: StateSpace) -> StateSpace:
     return replace(space, dynamics=kinds)
 
 
+def far_and_precise(space: StateSpace) -> StateSpace:
+    """The same with one noise less, and data far from what is expected."""
+    noise = space.noise.clone()
+    noise[..., -1] = 0.0
+    return replace(space, noise=noise, value=space.value + 1e6)
+
+
 NOT: dict[str, Callable[[], StateSpace]] = {
     "missing": lambda: missing(chain()),
     "data of a step's part": lambda: replace(chain(), seen=torch.arange(36).reshape(1, 18, 2) < 23),
@@ -234,6 +241,9 @@ NOT: dict[str, Callable[[], StateSpace]] = {
     "growing unseen": lambda: replace(chain(radius=1.1), loading=torch.zeros(1, 1, 2, 2).double()),
     "not a number": lambda: replace(chain(), value=torch.full((1, 18, 2), torch.nan).double()),
     "not a number in between": lambda: replace(chain(), drift=torch.nan * chain().drift),
+    "precise data far away": lambda: far_and_precise(
+        chain(7, T=60, n=4, prior=0.0, deviation=0.1, radius=0.5)
+    ),
     "too far away": lambda: chain(offset=1e14),
 }
 

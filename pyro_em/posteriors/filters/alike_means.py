@@ -16,7 +16,7 @@ from pyro_em.posteriors.filters.constant_scans import ConstantScans
 _Floats = NDArray[np.float64]
 
 _FAR = 1e-11  # errors of means, in standard deviations, for which they are found once more
-_LOST = 1e-3  # those for which that is not enough
+_LOST = 1e-6  # those that doing so may leave, as data are rounded where they lie
 _SHORT = 8  # numbers of a row that is short
 _ROOM = 1 << 14  # numbers of chains whose means are found together
 
@@ -55,7 +55,7 @@ def _of_few(
     if error > _FAR**2:  # of each number by itself, as their units differ
         error = each * max((rows.T.dot(rows).diagonal() / spread).tolist())
     error = math.sqrt(error)
-    if not error <= _LOST:
+    if not error <= _LOST * steady.back:
         return None
     if error > _FAR:
         # From the means on; the first state's noise may be so wide that it is no small distance.
