@@ -1,14 +1,14 @@
 """Running a model: everything that touches Pyro's or torch's internals lives here.
 
 * A run: `runs` makes it, plainly, with tagged latents (`provenance`, `mixing`), or with latents
-  enumerated; `handlers` and `lean` change what a run does, `allocation` what it may spend, `stored` is
-  what it leaves in the param store, `sites` what was traced.
+  enumerated; `handlers` and `lean` change what a run does, `allocation` and `sparing` what it may
+  spend, `stored` is what it leaves in the param store, `sites` what was traced.
 * Parameters: `parameters` hands them out and writes them, `memory` is whose they are, `scopes` keep
   those of several starts apart, `checkpoint`, `encoding` and `files` keep them in files.
 * What a run depends on: `names`, `dependences` (whether anything was changed since), `operations`
   (whether another run does the same), `tape` (what is done to some tensors, done again at others).
 * Densities of what was traced: `densities`, and for images `bits`, by one compiled loop (`numba_bits`)
-  where there are many. `pair_trace` is a guide and a model at its values in one trace.
+  where there are many.
 * Models made of the user's: `given` (some latents have values), `missing` (NaN is missing),
   `long_format` (rows below the elements that they read), `vectorized` loops with `loops`, `per_step`,
   `each_step` and `step_places`.

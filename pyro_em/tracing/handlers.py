@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_em.distributions import element_mask, has_finite_support, unwrap
+from pyro_em.distributions import element_mask, unwrap
 from pyro_em.incomplete import drawn_given_seen
-from pyro_em.tracing.allocation import Overspent, Shadows, spending_at_most
 from pyro_em.tracing.feasible import without_masked_nonsense
 from pyro_em.tracing.lean import nothing
 from pyro_em.tracing.provenance import Tagged, tags_of
 from pyro_em.tracing.sites import ROLE, Role, is_factor, is_latent, role_of
-
-_LARGE = 256  # elements; smaller latents are always drawn
 
 MISSING = "_pyro_em_missing"  # in ``infer``: which entries of an observed value do not count
 
@@ -61,67 +56,6 @@ class KeepValues(SampleMessenger):
             return
         if is_latent(msg) or (self.of_guide and role_of(msg) is Role.GUIDE):
             msg["value"] = self.values[msg["name"]]
-
-
-class DrawNothing(SampleMessenger):
-    """Give large latents that can be enumerated a shadow instead of a draw."""
-
-    _postprocess_message = nothing
-
-    def __init__(self, shadows: Shadows) -> None:
-        super().__init__()
-        self.shadows = shadows
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if not _is_large(msg):
-            return
-        fn = msg["fn"]
-        shape = fn.shape()
-        msg["value"] = self.shadows.instead_of(fn.enumerate_support(expand=False), shape)
-        dist.enable_validation(False)  # a shadow satisfies no constraint; the caller restores
-
-
-def _is_large(msg: Mapping[str, Any]) -> bool:
-    """Whether a message asks for a draw of many values that could be enumerated instead."""
-    if msg["done"] or msg["value"] is not None or not is_latent(msg):
-        return False
-    fn = msg["fn"]
-    return has_finite_support(fn) and fn.shape().numel() >= _LARGE
-
-
-class SpendLittle(SampleMessenger):
-    """Break a run off once what it does with large latents has allocated much.
-
-    Operations are watched from the first such latent on. What a model computes before it costs the
-    same with shadows, and most models have none.
-
-    Args:
-        limit: In bytes.
-
-    Raises:
-        Overspent: From the midst of the run.
-    """
-
-    _postprocess_message = nothing
-
-    def __init__(self, limit: int) -> None:
-        super().__init__()
-        self.limit = limit
-        self._modes = torch._C._len_torch_dispatch_stack()
-        self._watch: TorchDispatchMode | None = None
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if self._watch is not None or not _is_large(msg):
-            return
-        if torch._C._len_torch_dispatch_stack() != self._modes:
-            raise Overspent  # inside a mode of the model's own, which would be left before ours
-        self._watch = spending_at_most(self.limit)
-        self._watch.__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        if self._watch is not None:
-            self._watch.__exit__(*exception)
 
 
 class TagSites(SampleMessenger):
@@ -345,6 +279,56 @@ class SampleTrace(SampleMessenger, TraceMessenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         TraceMessenger._pyro_post_sample(self, msg)
+
+
+class PairTrace(TraceMessenger):
+    """A trace of sample sites: first those of a guide, then those of the model at its values.
+
+    A step of a network runs both, and much of what it adds to their arithmetic is the way of each
+    message through the handlers. This one does what four do in turn: `GuideSites`, from
+    `turn_to_model` on `GiveValues`, and outside of both `SampleTrace` and `OfBatch`.
+
+    Args:
+        shown: Guide sites whose log density counts.
+        chosen: Guide sites that are held at one value of their support, by its place there.
+        roles: Per latent of the model that takes its value from the guide, what that value is.
+        factors: Per plate what multiplies its sites.
+    """
+
+    def __init__(
+        self,
+        shown: frozenset[str],
+        chosen: Mapping[str, int],
+        roles: Mapping[str, Role],
+        factors: Mapping[str, float],
+    ) -> None:
+        super().__init__()
+        guide = GuideSites(shown, chosen)
+        self._model = GiveValues(guide.values, roles, guide.subsamples)
+        self._batch = OfBatch(factors)
+        self._turn: SampleMessenger = guide
+
+    def turn_to_model(self) -> None:
+        """The guide has been run: what comes now are the model's sites."""
+        self._turn = self._model
+
+    def _process_message(self, msg: Any) -> None:
+        if msg["type"] != "sample":
+            return
+        self._turn._pyro_sample(msg)
+        if not msg["stop"]:
+            self._batch._pyro_sample(msg)
+
+    def _postprocess_message(self, msg: Any) -> None:
+        if msg["type"] != "sample":
+            return
+        if not msg["stop"]:
+            name, nodes = msg["name"], self.trace.nodes
+            if name in nodes or msg["infer"].get("_do_not_trace"):
+                self._pyro_post_sample(msg)
+            else:
+                nodes[name] = msg.copy()
+        self._turn._pyro_post_sample(msg)
 
 
 class DrawObserved(SampleMessenger):

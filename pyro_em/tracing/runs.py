@@ -31,7 +31,7 @@ from pyro_em.errors import PyroEMError
 from pyro_em.tracing.allocation import NumbersNeeded, Overspent, Shadows, size_guard
 from pyro_em.tracing.calls import CallLog
 from pyro_em.tracing.freed import return_freed_memory
-from pyro_em.tracing.handlers import DrawNothing, KeepValues, SpendLittle, TagSites
+from pyro_em.tracing.handlers import KeepValues, TagSites
 from pyro_em.tracing.lean import EnumTrace, LeanTrace, Met, WatchingTrace
 from pyro_em.tracing.memory import settle
 from pyro_em.tracing.mixing import Mixing
@@ -46,6 +46,7 @@ from pyro_em.tracing.randomness import (
     set_random_state,
 )
 from pyro_em.tracing.sites import factors_in, latents_in
+from pyro_em.tracing.sparing import DrawNothing, SpendLittle
 from pyro_em.tracing.stored import (
     forget_all_but,
     holds_shadows,

@@ -36,7 +36,7 @@ from pyro_em.posteriors.exact import exact_posterior
 from pyro_em.tracing.densities import add_log_prob, elements_of
 from pyro_em.tracing.handlers import GuideSites
 from pyro_em.tracing.runs import Run
-from pyro_em.tracing.sites import Role, is_factor, role_of
+from pyro_em.tracing.sites import Role, roles_in
 from pyro_em.variational.divergence import minus_kl
 from pyro_em.variational.guide import GuideLook
 from pyro_em.variational.integrating import AttachedRun, integrated_run, not_here
@@ -75,10 +75,10 @@ def plain_draw(
     summands: list[Summand] = []
     values: dict[str, Tensor] = {}
     is_plain = not report
-    for name, site in sites.items():
-        if not is_factor(site) or (role := role_of(site)) is Role.LATENT:
+    for name, role in roles_in(sites).items():
+        if role is Role.LATENT:
             continue
-        latent = name
+        site, latent = sites[name], name
         if role is not Role.DATA:
             latent = name.removeprefix(GuideSites.prefix)
             values[latent] = site["value"]

@@ -17,9 +17,9 @@ from pyro_em.tracing.handlers import (
     GuideSites,
     OfBatch,
     OnlySites,
+    PairTrace,
     ScalePlates,
 )
-from pyro_em.tracing.pair_trace import PairTrace
 from pyro_em.tracing.randomness import random_state
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role

@@ -281,9 +281,13 @@ class Trainer(StaysHere):
         gradients = list(each.values())
         if not gradients:
             return
-        device = gradients[0].device
-        norms = [n.to(device) for n in torch._foreach_norm(gradients)]
-        if math.isfinite(torch.stack(norms).sum().item()):
+        norms = torch._foreach_norm(gradients)
+        if all(n.device.type == "cpu" for n in norms):
+            is_finite = all(math.isfinite(n.item()) for n in norms)
+        else:
+            device = gradients[0].device
+            is_finite = math.isfinite(torch.stack([n.to(device) for n in norms]).sum().item())
+        if is_finite:
             return
         bad = [n for n, gradient in each.items() if not bool(torch.isfinite(gradient).all())]
         if not bad:  # a finite gradient whose norm overflows

@@ -19,7 +19,7 @@ from pyro_em import DataError, ExactPosteriorEM, ModelError
 from pyro_em.graph.findings.examination import examine
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.kept import forget_readings
-from pyro_em.tracing import handlers, runs
+from pyro_em.tracing import runs
 from pyro_em.tracing.allocation import (
     NumbersNeeded,
     Overspent,
@@ -39,7 +39,7 @@ def sparing(limit: int = 0, large: int = 1) -> Iterator[None]:
     """Run with shadows as soon as a plain run has allocated ``limit`` bytes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "_PLAIN_BYTES", limit - 1)
-        patch.setattr(handlers, "_LARGE", large)
+        patch.setattr("pyro_em.tracing.sparing._LARGE", large)
         yield
 
 
