@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.posteriors.filters import kalman_steps
-from pyro_em.posteriors.filters.condensed import condensed
+from pyro_em.posteriors.filters.condensed import condensed, stays_wide
 from pyro_em.posteriors.filters.kalman_moments import filtered_by_moments, smoothed_by_moments
 from pyro_em.posteriors.filters.state_space import Filtered, Smoothed, StateSpace
 
@@ -42,6 +42,12 @@ class _Way(Protocol):
     def log_evidence(self, space: StateSpace) -> Tensor: ...
 
     def sampled(self, space: StateSpace, normal: Tensor) -> Tensor: ...
+
+
+class _CompiledWay(_Way, Protocol):
+    """The same by compiled loops."""
+
+    def smoothed_at_hand(self, space: StateSpace) -> Smoothed | None: ...
 
 
 def filtered(space: StateSpace) -> Filtered:
@@ -80,11 +86,14 @@ def smoothed(space: StateSpace) -> Smoothed:
         >>> smoothed(_example()).mean.flatten()
         tensor([0.6000, 0.8000], dtype=torch.float64)
     """
-    here = space
-    if not _is_at_hand(space):
-        if _is_differentiated(space):
-            return smoothed_by_moments(space)
-        here = _on(space, _CPU)
+    M, T, D = space.value.shape
+    if compiles(M * T) and stays_wide(space.size, D):
+        quick = _compiled_way().smoothed_at_hand(space)
+        if quick is not None:
+            return quick
+    if _is_differentiated(space):
+        return smoothed_by_moments(space)
+    here = _on(space, _CPU)
     narrow, nats = condensed(here)
     found = _way(narrow).smoothed(narrow)
     if nats is not None:
@@ -204,11 +213,11 @@ def _way(space: StateSpace) -> _Way:
 
 
 @cache
-def _compiled_way() -> _Way:
+def _compiled_way() -> _CompiledWay:
     """It is not imported before it is needed."""
     from pyro_em.posteriors.filters import kalman_compiled
 
-    return cast(_Way, kalman_compiled)
+    return cast(_CompiledWay, kalman_compiled)
 
 
 def _on(x: _T, device: torch.device) -> _T:
@@ -220,11 +229,6 @@ def _on(x: _T, device: torch.device) -> _T:
         return x
     found = {f.name: getattr(x, f.name) for f in fields(x)}
     return replace(x, **{k: t if t is None else t.to(device) for k, t in found.items()})
-
-
-def _is_at_hand(space: StateSpace) -> bool:
-    """Whether all numbers are on the CPU, and no derivative can be asked for."""
-    return all(x is None or (x.is_cpu and not x.requires_grad) for x in vars(space).values())
 
 
 def _is_differentiated(space: StateSpace) -> bool:

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from pyro_em.posteriors.filters.kalman_arrays import FAR
-from pyro_em.posteriors.filters.kalman_groups import Floats, Group, Groups, Which, only_group
+from pyro_em.posteriors.filters.kalman_groups import (
+    Floats,
+    Group,
+    Groups,
+    Which,
+    group_at_hand,
+    only_group,
+)
 from pyro_em.posteriors.filters.state_space import (
     Filtered,
     Smoothed,
@@ -70,6 +77,16 @@ def smoothed(space: StateSpace) -> Smoothed:
     ]
     determinant = groups.of_chains(np.concatenate([x.log_determinant for x in found]))
     return Smoothed(evidence, determinant, mean, disturbance, *shared)
+
+
+def smoothed_at_hand(space: StateSpace) -> Smoothed | None:
+    """The same of one group whose numbers are on the CPU without derivatives; None of any other.
+
+    Args:
+        space: The chains.
+    """
+    group = group_at_hand(space)
+    return None if group is None else smoothed_group(group).tensors
 
 
 def log_evidence(space: StateSpace) -> Tensor:

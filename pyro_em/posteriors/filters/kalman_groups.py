@@ -60,20 +60,39 @@ def only_group(space: StateSpace) -> Group | None:
     Args:
         space: The chains, on the CPU.
     """
-    A, G = numbers(space.transition), numbers(space.noise)
-    H, s = numbers(space.loading), numbers(space.deviation)
+    own = (space.transition, space.noise, space.loading, space.deviation, space.dynamics)
+    rest = (space.measurement, space.value, space.drift)
+    return _together([numbers(x) for x in (*own, *rest)], space)
+
+
+def group_at_hand(space: StateSpace) -> Group | None:
+    """The same without a question to each tensor; None also where one is elsewhere or has derivatives.
+
+    Args:
+        space: The chains.
+    """
+    own = (space.transition, space.noise, space.loading, space.deviation, space.dynamics)
+    rest = (space.measurement, space.value, space.drift)
+    try:
+        return _together([x.numpy() for x in (*own, *rest)], space)
+    except (RuntimeError, TypeError):  # what `Tensor.numpy` says of such tensors
+        return None
+
+
+def _together(arrays: list[Any], space: StateSpace) -> Group | None:
+    """A group of the numbers of all tensors but what is seen."""
+    A, G, H, s, dynamics, measurement, value, drift = map(np.ascontiguousarray, arrays)
     if len(A) > 1 or len(G) > 1 or len(H) > 1 or len(s) > 1:
         return None
-    value = numbers(space.value)
     if space.seen is None:
         seen = all_seen(value.shape[-1])
-    elif len(space.seen) > 1:
-        return None
     else:
-        seen = numbers(space.seen)[0]
-    s, drift = s[0], numbers(space.drift)
-    steps = numbers(space.dynamics), numbers(space.measurement)
-    return Group(s, A[0], G[0], H[0], 1.0 / s, *steps, seen, value, drift)
+        seen = numbers(space.seen)
+        if len(seen) > 1:
+            return None
+        seen = seen[0]
+    s = s[0]
+    return Group(s, A[0], G[0], H[0], 1.0 / s, dynamics, measurement, seen, value, drift)
 
 
 @dataclass(frozen=True, eq=False)
