@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import mul
 from typing import Any, TypeAlias
 
 import pyro.distributions as dist
@@ -252,11 +253,37 @@ def _are_rows_of_simplex(value: Tensor) -> bool:
 
 
 def _are_positive_definite(value: Tensor) -> bool:
-    if value.shape[-1] != value.shape[-2] or not torch.equal(value, value.mT):
+    size = value.shape[-1]
+    if size != value.shape[-2]:
+        return False
+    if value.numel() <= _FEW and all(
+        map(_has_clear_pivots, value.reshape(-1, size, size).tolist())
+    ):
+        return True
+    if not torch.equal(value, value.mT):
         return False
     info = torch.linalg.cholesky_ex(value).info
     return not (any(info.reshape(-1).tolist()) if info.numel() <= _FEW else bool(info.any()))
 
+
+def _has_clear_pivots(matrix: Sequence[Sequence[float]]) -> bool:
+    """Whether a symmetric matrix has a Cholesky factor that no rounding puts in question."""
+    factor: list[list[float]] = []
+    for i, row in enumerate(matrix):
+        own: list[float] = []
+        for j, before in enumerate(factor):
+            if row[j] != matrix[j][i]:
+                return False
+            rest = row[j] - sum(map(mul, own, before))
+            own.append(rest / before[j])
+        pivot = row[i] - sum(map(mul, own, own))
+        if not _CLEAR * abs(row[i]) < pivot < math.inf:
+            return False
+        factor.append([*own, math.sqrt(pivot)])
+    return True
+
+
+_CLEAR = 1e-4  # of what a pivot is made of
 
 _FEW = 64  # numbers that are looked at one by one
 
