@@ -5,8 +5,9 @@
   spend, `stored` is what it leaves in the param store, `sites` what was traced.
 * Parameters: `parameters` hands them out and writes them, `memory` is whose they are, `scopes` keep
   those of several starts apart, `checkpoint`, `encoding` and `files` keep them in files.
-* What a run depends on: `names`, `dependences` (whether anything was changed since), `operations`
-  (whether another run does the same), `tape` (what is done to some tensors, done again at others).
+* What a run depends on: `names`, `dependences` (whether anything was changed since), `operations` and
+  `calls` with `constructed` (whether another run does the same), `tape` (what is done to some tensors,
+  done again at others).
 * Densities of what was traced: `densities`, and for images `bits`, by one compiled loop (`numba_bits`)
   where there are many.
 * Models made of the user's: `given` (some latents have values), `missing` (NaN is missing),
