@@ -17,7 +17,6 @@ from pyro_em.updates.m_step import MStepState, m_step_over
 from pyro_em.updates.sums.data_sums import DataSums
 from pyro_em.updates.sums.model_sums import ModelSums
 from pyro_em.updates.sums.newton_on_sums import AtEdge
-from pyro_em.updates.sums.running_sums import RunningSums
 from pyro_em.updates.sums.summable import Summable
 from pyro_em.updates.update import ParameterUpdate
 
@@ -55,7 +54,7 @@ class SummedTheta(ThetaByValues[Summed]):
         """
 
     def m_step(self, at: AtValues[Summed], expectation: Summed) -> tuple[AtValues[Summed], float]:
-        """The maximiser, and the gain in nats.
+        """The maximiser, and the gain of the evidence in nats.
 
         Raises:
             Handover: If the step through tables has to look.
@@ -71,21 +70,4 @@ class SummedTheta(ThetaByValues[Summed]):
         except (DegenerateError, AtEdge) as error:
             raise Handover from error
         after = self.enter(values_of(graph.parameters))
-        return after, self.gain(at, after, expectation, running)
-
-    def gain(
-        self,
-        at: AtValues[Summed],
-        after: AtValues[Summed],
-        expectation: Summed,
-        sums: RunningSums,
-    ) -> float:
-        """By how much the M-step has raised the bound, in nats; of integrated latents the evidence.
-
-        Args:
-            at: The parameters before.
-            after: Those that it found.
-            expectation: The E-step at the former.
-            sums: What stood for the rows.
-        """
-        return self.e_step(after).log_evidence - expectation.log_evidence
+        return after, self.e_step(after).log_evidence - expectation.log_evidence

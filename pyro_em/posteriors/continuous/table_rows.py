@@ -29,7 +29,6 @@ from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.enumeration import contraction_of, e_step
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.sums.data_sums import DataSums
-from pyro_em.updates.sums.running_sums import RunningSums
 from pyro_em.updates.sums.summable import Summable
 from pyro_em.updates.update import (
     ClosedForm,
@@ -149,21 +148,6 @@ class TableTheta(SummedTheta):
                 raise Handover
             at.expectation.append(Summed(evidence, {}, model=model))
         return at.expectation[0]
-
-    def gain(
-        self,
-        at: AtValues[Summed],
-        after: AtValues[Summed],
-        expectation: Summed,
-        sums: RunningSums,
-    ) -> float:
-        """See `SummedTheta.gain`; of discrete latents that of the expected log joint."""
-        if self.slices.blocks:
-            return super().gain(at, after, expectation, sums)
-        own = [
-            g for g in self.summable.touched if g in (*self.summable.plain, *self.summable.lines)
-        ]
-        return sums.expected_by(after.values, own) - sums.expected_by(at.values, own)
 
     @cached_property
     def evaluators(self) -> tuple[dict[str, Arguments], ...]:
