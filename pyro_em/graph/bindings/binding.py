@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_em.expanded import once_each
 from pyro_em.graph.bindings.expression import Expression
 from pyro_em.graph.bindings.jacobian import Jacobian
 from pyro_em.graph.bindings.jacobian import joined as joined_jacobians
@@ -113,7 +114,7 @@ class Selection:
     @cached_property
     def is_whole(self) -> bool:
         """Whether every element of the argument comes from the parameter."""
-        return not self.index.numel() or int(self.index.min()) >= 0
+        return not self.index.numel() or int(once_each(self.index).min()) >= 0
 
     @cached_property
     def of_matrices(self) -> bool:

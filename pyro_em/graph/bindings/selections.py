@@ -71,11 +71,11 @@ def as_selection(reached: Reached, normalised: str) -> Binding | str:
         if has_factor:
             if how:
                 return "a factor multiplies rows that are normalised"
-            there = part.forward(leaves[part.param].detach())
             if maps:
+                there = part.forward(leaves[part.param].detach())
                 factor = torch.where(used, constant / there, 1.0)
-            else:  # zeros, such as those beside a diagonal, say nothing of it
-                factor = torch.where(used, torch.where(there == 0, slope, constant / there), 1.0)
+            else:  # to the bit what multiplies the parameter, also where that is zero
+                factor = torch.where(used, slope, 1.0)
             if not bool((torch.isfinite(factor) & (factor > 0)).all()):
                 return "its known factor is not positive"
             part = Selection(part.param, part.index, maps, factor)

@@ -33,6 +33,7 @@ from pyro_em.graph.many_rows.given_rows import (
     some_rows,
     tensors_of,
 )
+from pyro_em.graph.many_rows.row_factors import with_row_factors
 from pyro_em.graph.many_rows.slices import Slices, on_rows_of
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.parameters import values_of
@@ -75,7 +76,7 @@ def by_rows(
         args, structure = slices.at(few)
         own = on_rows_of(model, structure)
         plain = None if looked is None else _plain(own, args, kwargs, structure, looked, few)
-        alone = read(args, structure, plain)
+        alone = with_row_factors(read(args, structure, plain), slices.plate)
         if not _depends_on_rows(alone, slices.plate, bound):
             return None
         given = of_given_rows(alone, few, slices) if bound else None
@@ -83,7 +84,7 @@ def by_rows(
             return given
         whole: _Whole | None = None
         for rows in slices:
-            graph = read(*slices.at(rows), None)
+            graph = with_row_factors(read(*slices.at(rows), None), slices.plate, alone)
             whole = whole or _Whole(graph, slices)
             if not whole.take(graph, rows):
                 return None

@@ -18,6 +18,7 @@ import torch
 
 from pyro_em.densities.tying import Arguments, arguments_of
 from pyro_em.errors import Finding, Handover, PyroEMError
+from pyro_em.expanded import once_each
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.many_rows.given_rows import slice_of
 from pyro_em.posteriors.at_values import AtValues, Values, no_densities, with_own_parameters
@@ -246,10 +247,22 @@ def table_rows(
         return None
     differing = {g: _differing(group) for g, group in enumerate(data.graph.groups)}
     summable = Summable.of(data.graph, data.updates, plate, (), values, differing)
-    if isinstance(summable, Finding) or summable.solved:
+    if isinstance(summable, Finding):
+        return None
+    if not all(_reads_the_same(data.updates[name], slices.graph) for name in summable.solved):
         return None
     theta = TableTheta(for_updates(first), data.updates, summable, slices, contraction)
     return TableRows(theta, name, words)
+
+
+def _reads_the_same(update: ParameterUpdate, graph: FactorGraph) -> bool:
+    """Whether each row reads the same elements of a parameter, by whatever it multiplies them."""
+    for use in update.uses:
+        for selection in graph.groups[use.group].bindings[use.argument].selections:
+            index = once_each(selection.index, 2)
+            if index.shape[1] > 1 and not bool((index == index[:, :1]).all()):
+                return False
+    return True
 
 
 def _differing(group: Group) -> frozenset[str]:

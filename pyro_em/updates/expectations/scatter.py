@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.distributions import broadcast_shape
+from pyro_em.expanded import once_each
 from pyro_em.families.forms import Kind
 from pyro_em.graph.bindings.binding import Selection, is_in_order
 from pyro_em.graph.factors import FactorGraph
@@ -45,7 +46,7 @@ def used_events(selections: Sequence[Selection], value: Tensor, event: int) -> T
     size = _prod(value.shape[value.dim() - event :])
     used = torch.zeros(value.numel() // size, dtype=torch.bool, device=value.device)
     for selection in selections:
-        index = selection.index
+        index = once_each(selection.index)
         used[(index[index >= 0] // size).reshape(-1)] = True
     return used
 
