@@ -33,7 +33,8 @@ class FewRows:
         g: The group of the rows.
         features: Φ. # (P, N)
         transposed: Φᵀ. # (N, P)
-        columns: The elements of η that are log π; None where these are all of η, in order. # (K,)
+        columns: The elements of η that are log π. # (K,)
+        in_order: Whether these are the first ones in order: all of η, where no other part has some.
         N: Rows.
         noise: How far rounding may carry the evidence, by the size of the largest term.
         rounded: The rule of the rows, where coefficients are rounded to fewer digits.
@@ -42,7 +43,8 @@ class FewRows:
     g: int
     features: Tensor
     transposed: Tensor
-    columns: Tensor | None
+    columns: Tensor
+    in_order: bool
     N: int
     noise: float
     rounded: Gaussian | None
@@ -66,10 +68,9 @@ class FewRows:
         rounded = None if rule.x.dtype == torch.float64 else rule
         if rounded is not None and N * factors.K > FEW_CELLS:
             return None  # a chunk is quicker: its exponentials are kept from the smallest numbers
-        is_all = is_in_order(table.columns) and len(table.columns) == factors.K
+        in_order = is_in_order(table.columns) and len(table.columns) == factors.K
         noise = 2e-16 * N**0.5
-        columns = None if is_all else table.columns
-        return cls(g, rule.stored, rule.stored.T, columns, N, noise, rounded)
+        return cls(g, rule.stored, rule.stored.T, table.columns, in_order, N, noise, rounded)
 
     def e_step(self, at: At) -> Expectation | None:
         """Evidence and sums at some parameters; None where components are too narrow for products.
@@ -82,7 +83,8 @@ class FewRows:
         eta = at.natural.eta
         if p.linear is None:
             return None
-        log_pi = eta if self.columns is None else eta.take(self.columns)
+        is_all = self.in_order and len(eta) == len(self.columns)
+        log_pi = eta if is_all else eta.take(self.columns)
         constant = log_pi.unsqueeze(-1).to(p.constant.dtype) + p.constant
         joint = torch.addmm(constant, p.linear, self.features)
         evidence, weights = responsibilities(joint)
@@ -91,7 +93,7 @@ class FewRows:
         if self.rounded is not None:
             evidence = evidence + self.rounded.correction(p, moments, mass)
         log_evidence = checked(evidence, mass, self.N)
-        features = mass if self.columns is None else scattered(eta, self.columns, [mass])
+        features = mass if is_all else scattered(eta, self.columns, [mass])
         return Expectation(
             log_evidence,
             {NATURAL: {"features": features}, self.g: {"moments": moments, "mass": mass}},
