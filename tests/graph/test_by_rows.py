@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM
+from pyro_em.fitting.results import possible
+from pyro_em.graph.factors import Group
 from pyro_em.graph.later_arguments import LaterArguments
-from pyro_em.graph.many_rows import slices
+from pyro_em.graph.many_rows import given_rows, slices
 from pyro_em.plan import agreement
 from pyro_em.plan.program import Program
 
@@ -86,6 +88,15 @@ def weibulls(x: Tensor, y: Tensor) -> None:
         pyro.sample("x", dist.Weibull(a[z], 2.0), obs=x[:, 0].abs())
 
 
+def classes(x: Tensor, y: Tensor) -> None:
+    """Covariates say of which class a row is, and nothing else differs from row to row."""
+    v = pyro.param("v", 0.5 * W.flip(0))
+    q = pyro.param("q", W[:, 0].sigmoid(), constraint=C.unit_interval)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(logits=x @ v.T))
+        pyro.sample("y", dist.Bernoulli(q[z]), obs=y)
+
+
 def scaled_by_all(x: Tensor, y: Tensor) -> None:
     scaled(x / x.std(0), y)
 
@@ -101,6 +112,7 @@ def scaled_by_all(x: Tensor, y: Tensor) -> None:
         (exposed, "n"),
         (scaled_by_all, ""),
         (weibulls, "n"),
+        (classes, "n"),
     ],
 )
 def test_a_fit_is_that_of_all_rows(
@@ -166,6 +178,42 @@ def test_what_an_argument_is_made_of_is_held(monkeypatch: pytest.MonkeyPatch) ->
         told = pyro.param("a") + X @ pyro.param("w").T
     assert torch.allclose(group.arguments["loc"].squeeze(0), told, rtol=1e-13)
     assert sum(runs) < 4 * N + 500  # two plain runs, one in slices, and those of a few rows
+
+
+def test_no_table_of_all_rows_shows_that_each_class_is_possible(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Parameters are counted from some rows at a time; a class that is excluded takes its own along."""
+    monkeypatch.setattr(slices, "_MANY", 1)
+    monkeypatch.setattr(possible, "_CELLS", 100)
+    looked: list[int] = []
+
+    def counted(group: Group, rows: slice) -> Group:
+        looked.append(rows.stop - rows.start)
+        return given_rows.slice_of(group, rows)
+
+    monkeypatch.setattr(possible, "slice_of", counted)
+    pyro.clear_param_store()
+    result = ExactPosteriorEM(classes).fit(X, Y, max_steps=1, tol=0)
+    assert sum(looked) == N and max(looked) <= 100 // K + 1
+    assert result.num_free_parameters == K * D + K
+
+    def excluded(x: Tensor, y: Tensor) -> None:
+        p = torch.tensor([0.0, 0.5, 0.5], dtype=torch.float64)
+        p = pyro.param("p", p, constraint=C.simplex)
+        m = pyro.param("m", W[:, 2].clone())
+        with pyro.plate("n", len(x)):
+            u = pyro.sample("u", dist.Categorical(p))
+            pyro.sample("x", dist.Normal(m[u], 1.0), obs=x[:, 0])
+            v = pyro.param("v", 0.5 * W.flip(0))
+            q = pyro.param("q", W[:, 0].sigmoid(), constraint=C.unit_interval)
+            z = pyro.sample("z", dist.Categorical(logits=x @ v.T))
+            pyro.sample("y", dist.Bernoulli(q[z]), obs=y)
+
+    pyro.clear_param_store()
+    with pytest.warns(UserWarning, match="component 0 of parameter 'm'"):
+        result = ExactPosteriorEM(excluded).fit(X, Y, max_steps=1, tol=0)
+    assert result.num_free_parameters == (K * D + K) + (K - 1) + 1  # of m, and of p
 
 
 def test_the_budget_is_of_the_cells_that_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

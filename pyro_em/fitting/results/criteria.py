@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from pyro_em.distributions import unexpanded
 from pyro_em.errors import PyroEMError
 from pyro_em.fitting.results.identified import Undetermined
 from pyro_em.fitting.results.information_criteria import ONE, STEPS
+from pyro_em.fitting.results.possible import Alive, possible_cells
 from pyro_em.graph.bindings.binding import Binding
 from pyro_em.graph.factors import Group, is_incomplete, seen_entries
 from pyro_em.graph.stretches import Members
@@ -28,12 +28,9 @@ from pyro_em.graph.vectorised_loops.latent_series import plates_of
 from pyro_em.incomplete import distinct_patterns
 from pyro_em.pieces import PIECE
 from pyro_em.plan.program import Program
-from pyro_em.posteriors.enumeration import run_contraction
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.update import Fixed
-
-Alive = list[Tensor | None]
 
 
 def num_rows(program: Program) -> float:
@@ -253,7 +250,7 @@ def elements_read(program: Program, initial: Mapping[str, Tensor]) -> dict[str, 
         n: torch.zeros_like(p.leaf, dtype=torch.bool).reshape(-1)
         for n, p in graph.parameters.items()
     }
-    possible = _possible_cells(program, initial)
+    possible = possible_cells(program, initial)
     unknown: dict[int, set[str]] = {}
     for g, group in _sites(program):
         group = group.thin()
@@ -365,32 +362,6 @@ def _alive_at(argument: str, alive: Tensor | None, seen: Tensor, by_row: bool = 
     if alive is None:
         return out
     return out & alive.reshape(alive.shape + (1,) * (out.dim() - alive.dim()))
-
-
-def _possible_cells(program: Program, initial: Mapping[str, Tensor]) -> Alive:
-    """Per group which cells no structural zero excludes; None where nothing is excluded."""
-    graph = program.graph
-    none: Alive = [None] * len(graph.groups)
-    latents = [g for g, group in enumerate(graph.groups) if group.role is Role.LATENT]
-    values = {n: initial[n] if n in initial else p.value() for n, p in graph.parameters.items()}
-    try:
-        tables = program.log_densities_at(values, latents) if latents else {}
-    except PyroEMError:
-        return none
-    if not any(bool(torch.isneginf(unexpanded(t)).any()) for t in tables.values()):
-        return none
-    every = []
-    for g, group in enumerate(graph.groups):
-        full = (len(group.members), *group.sizes)
-        allowed = torch.zeros(full, dtype=torch.float64, device=group.value.device)
-        if g in tables:
-            allowed = torch.where(torch.isneginf(tables[g]), -torch.inf, allowed)
-        every.append(allowed)
-    with torch.enable_grad():
-        result = run_contraction(graph, program.contraction, every)
-    if not bool(torch.isfinite(result.log_evidence)):
-        return none
-    return [cells > 0 for cells in result.cells]
 
 
 def _differentiate(

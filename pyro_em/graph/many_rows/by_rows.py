@@ -33,7 +33,7 @@ from pyro_em.graph.many_rows.given_rows import (
     some_rows,
     tensors_of,
 )
-from pyro_em.graph.many_rows.row_factors import with_row_factors
+from pyro_em.graph.many_rows.row_products import with_row_products
 from pyro_em.graph.many_rows.slices import Slices, on_rows_of
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.parameters import values_of
@@ -76,7 +76,7 @@ def by_rows(
         args, structure = slices.at(few)
         own = on_rows_of(model, structure)
         plain = None if looked is None else _plain(own, args, kwargs, structure, looked, few)
-        alone = with_row_factors(read(args, structure, plain), slices.plate)
+        alone = with_row_products(read(args, structure, plain), slices.plate)
         if not _depends_on_rows(alone, slices.plate, bound):
             return None
         given = of_given_rows(alone, few, slices) if bound else None
@@ -84,7 +84,7 @@ def by_rows(
             return given
         whole: _Whole | None = None
         for rows in slices:
-            graph = with_row_factors(read(*slices.at(rows), None), slices.plate, alone)
+            graph = with_row_products(read(*slices.at(rows), None), slices.plate, alone)
             whole = whole or _Whole(graph, slices)
             if not whole.take(graph, rows):
                 return None
@@ -131,8 +131,11 @@ def _depends_on_rows(graph: FactorGraph, plate: str, bound: bool) -> bool:
             continue
         at = 1 + dims.index(plate)
         found |= group.distribution in _COMPUTING and len(dims) > group.n_plates
-        for t in group.arguments.values():
-            of_latents = t.shape[1 + group.n_plates : 1 + len(group.sizes)]
+        for name, t in group.arguments.items():
+            # Of a latent whose logits are lines each row has a number for each of its values.
+            is_line = group.role is Role.LATENT and group.bindings[name].jacobians is not None
+            last = None if is_line else 1 + len(group.sizes)
+            of_latents = t.shape[1 + group.n_plates : last]
             found |= t.shape[at] > 1 and max(of_latents, default=1) > least
     return found and not graph.missing
 

@@ -17,7 +17,7 @@ from pyro_em.graph.bindings.binding import Binding
 from pyro_em.graph.factors import FactorGraph, Group
 
 
-def with_row_factors(
+def with_row_products(
     graph: FactorGraph, plate: str, like: FactorGraph | None = None
 ) -> FactorGraph:
     """A graph whose selections hold their known factors, and what these multiply, once each.
