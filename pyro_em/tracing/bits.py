@@ -16,9 +16,8 @@ _HAS_NUMBA = importlib.util.find_spec("numba") is not None
 # digits.
 _FEW = 2**17
 
-_THREADS = (
-    2  # of torch, whose four passes are no slower than one pass of one thread where it has more
-)
+# Of torch: where it has more, its four passes are no slower than one pass of one thread.
+_THREADS = 2
 
 
 def lost_bits(fn: Any, value: Tensor) -> tuple[Tensor, int] | None:

@@ -9,8 +9,9 @@ Both functions are polynomials, which a processor evaluates for several bits at 
     2^y = 2^n Σ_i (f log 2)^i / i!,   y = n + f,  |f| ≤ ½,
     log(1 + e) = 2 Σ_i w^(2i+1) / (2i+1),   w = e / (2 + e) ≤ ⅓,
 
-to the last bit or two of a single, relative to each. A function that rounds on purpose forbids that
-sums be reordered; the one that adds up allows it.
+each to the last bit or two of a single. As |x| log₂ e is rounded before, the cost of a foretold bit is
+off by 4e-7 of itself at most for |x| below 4, and by 4e-6 below 80; the slope by 1e-7. A function that
+rounds on purpose forbids that sums be reordered; the one that adds up allows it.
 
 Source: Muller (2016), "Elementary Functions", chapters 3 and 11.
 """
@@ -60,9 +61,8 @@ def _single(_: Any, i: Any) -> Any:
 
 _ZERO, _ONE, _TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
 _LOG2_E = np.float32(1.4426950408889634)
-_SHIFT = np.float32(
-    12582912.0
-)  # 1.5 · 2^23: added to a number it leaves its integer in the last bits
+# 1.5 · 2^23: added to a number it leaves its integer in the last bits.
+_SHIFT = np.float32(12582912.0)
 _LOWEST = np.float32(-125.0)  # of exponents: below, log(1 + e) is nothing beside any cost
 _BIAS, _PLACE = np.int32(127), np.int32(23)
 

@@ -1,4 +1,8 @@
-"""Parameters as a run reads them: captured, read, written in place, restored."""
+"""Parameters as a run reads them: captured, read, written in place, restored.
+
+One subject, since what a run captured is what is written and restored afterwards: the record of a
+parameter, the handlers that fill it, and the few functions on many of them.
+"""
 
 from __future__ import annotations
 

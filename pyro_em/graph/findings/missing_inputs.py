@@ -41,9 +41,8 @@ def input_problems(site: Mapping[str, Any]) -> list[Finding]:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_meta:
             continue
         plain = getattr(tensor, "_t", tensor).detach()
-        if not bool(
-            torch.isnan(plain.sum())
-        ):  # no number is NaN, and no tensor of their size is made
+        # Where the sum is a number so are all, and no tensor of their size is made.
+        if not bool(torch.isnan(plain.sum())):
             continue
         bad = torch.isnan(plain)
         if not bool(bad.any()) or (is_argument and not _counts(site, bad)):
