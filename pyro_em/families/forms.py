@@ -233,7 +233,7 @@ class Simplex(Form):
 
     def of_predictor(self, n: Tensor, d: Tensor, eta: Tensor) -> Curve:
         """See `Form.of_predictor`: Σ_k n_k log softmax(η)_k."""
-        log_p = eta.log_softmax(-1)
+        log_p = eta.movedim(-1, 0).log_softmax(0).movedim(0, -1)  # rows are short: quicker so
         mean = n.sum(-1, keepdim=True) * log_p.exp()
         return Curve((n * log_p).sum(-1), n - mean, mean)
 

@@ -82,9 +82,10 @@ class Jacobian:
 
     def __matmul__(self, theta: Tensor) -> Tensor:
         """J θ. # theta: (parameter.numel(),); returns (*argument,)"""
-        if self.index is None:
-            return self.value @ theta
         cells = range(self.value.dim() - 1)
+        if self.index is None:
+            shared = [d for d in cells if self.value.stride(d) == 0]
+            return (_narrowed(self.value, shared) @ theta).expand(self.value.shape[:-1])
         value = _narrowed(self.value, [d for d in cells if self.value.stride(d) == 0])
         index = _narrowed(self.index, [d for d in cells if self.index.stride(d) == 0])
         out = torch.einsum("...m,...m->...", value, theta[index])

@@ -56,6 +56,7 @@ def coefficients(
     graph: FactorGraph,
     values: Mapping[str, Tensor],
     updates: Mapping[str, ParameterUpdate],
+    slope: Ask | None = None,
 ) -> Coefficients:
     """The maximisers of the expected log joint in a block of parameters.
 
@@ -65,6 +66,7 @@ def coefficients(
         graph: The factor graph.
         values: The current parameters.
         updates: What was decided per parameter, for Normal priors.
+        slope: As ``ask``, without second derivatives; None where these cost nothing more.
 
     Raises:
         DegenerateError: If a spread collapses, or data have no noise.
@@ -84,7 +86,7 @@ def coefficients(
             for n, p in zip(block, parts, strict=True)
         }
 
-    def of(place: Tensor) -> Curved:
+    def of(place: Tensor, ask: Ask = ask) -> Curved:
         found = ask(split(place))
         if precision is not None:
             away = place - start
@@ -96,7 +98,7 @@ def coefficients(
             found = found + of_dispersions
         return found if is_concave else positive(found, logs)
 
-    found = climb(of, start)
+    found = climb(of, start, None if slope is None else lambda place: of(place, slope))
     new = {n: v.to(values[n].dtype) for n, v in split(found.place).items()}
     forms = {p.group: p.form for p in reached if isinstance(p, Dispersed)}
     spreads = {g: form.spread for g, form in forms.items() if form.spread is not None}

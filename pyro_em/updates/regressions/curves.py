@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -59,12 +60,13 @@ class CurveSolver:
         found = self._predictors()
         cells = [p.cells(statistics[p.group], arguments[p.group]) for p in found]
 
-        def ask(new: Mapping[str, Tensor]) -> Curved:
-            at = {**values, **new}
-            parts = [p.curved(c, self.block, at) for p, c in zip(found, cells, strict=True)]
+        def ask(new: Mapping[str, Tensor], *, bent: bool = True) -> Curved:
+            at, pairs = {**values, **new}, zip(found, cells, strict=True)
+            parts = [p.curved(c, self.block, at, bent=bent) for p, c in pairs]
             return parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
 
-        reached = coefficients(ask, self.block, self.graph, values, self.updates)
+        slope = partial(ask, bent=False)
+        reached = coefficients(ask, self.block, self.graph, values, self.updates, slope)
         if not reached.is_settled:
             pairs = zip(found, cells, strict=True)
             far = max(p.furthest(c, self.block, values, reached.last) for p, c in pairs)

@@ -74,10 +74,16 @@ class Predictor:
         batch = shape[: len(shape) - self.event]
         both = torch.broadcast_shapes(n.shape[: len(batch)], d.shape[: len(batch)])
         n, d = (t.expand(*both, *t.shape[len(batch) :]) for t in (n, d))
-        return tuple(sum_to(t, batch, self.event).to(torch.float64) for t in (n, d))  # type: ignore[return-value]
+        n, d = (sum_to(t, batch, self.event).to(torch.float64) for t in (n, d))
+        return (_event_first(n), d) if self.event else (n, d)
 
     def curved(
-        self, sums: tuple[Tensor, Tensor], block: Sequence[str], values: Mapping[str, Tensor]
+        self,
+        sums: tuple[Tensor, Tensor],
+        block: Sequence[str],
+        values: Mapping[str, Tensor],
+        *,
+        bent: bool = True,
     ) -> Curved:
         """The expected log density in the parameters of a block.
 
@@ -85,6 +91,7 @@ class Predictor:
             sums: As `cells` returns.
             block: Parameter names.
             values: Of all parameters that reach the predictor.
+            bent: Whether second derivatives are asked for; they are zeros where not.
         """
         eta = self.binding.predictor(values).to(torch.float64)
         curve = self.rule.kind.form.of_predictor(*sums, eta)
@@ -98,18 +105,22 @@ class Predictor:
         for k, (columns, narrow) in enumerate(parts):
             if not columns.numel():  # all that its coefficients multiply is zero
                 continue
-            J, w = narrow.to(torch.float64), weight[:, k]
+            J, own_slope, w = narrow.to(torch.float64), slope[:, k], weight[:, k]
+            if self.event:  # sums over a short row are quicker where its elements lie far apart
+                J, own_slope, w = (t.movedim(1, 0) for t in (J, own_slope, w))
             flat = J.reshape(-1, J.shape[-1])
+            gradient[columns] += flat.mT @ own_slope.reshape(-1)
+            if not bent:
+                continue
             weighted = w.reshape(-1, 1) * flat
             own = flat.mT @ weighted
             if self.event:
-                size = w.sum(-1, keepdim=True)
-                mean = weighted.reshape(J.shape).sum(-2)
+                size = w.sum(0).unsqueeze(-1)
+                mean = weighted.reshape(J.shape).sum(0)
                 own = own - mean.mT @ (mean / torch.where(size > 0, size, 1.0))
             place = columns.unsqueeze(-1), columns.unsqueeze(-2)
             curvature[place] = curvature[place] + own
-            gradient[columns] += flat.mT @ slope[:, k].reshape(-1)
-        for (p, q), mixed in (self.binding.pairs or {}).items():
+        for (p, q), mixed in (self.binding.pairs or {}).items() if bent else ():
             if p in block and q in block:  # −Σ f′(η) ∂²η/∂p∂q
                 own = -torch.einsum("...,...m->m", curve.slope, mixed.dense.to(torch.float64))
                 rows, columns = (_places(name, block, values, gradient) for name in (p, q))
@@ -145,6 +156,11 @@ class Predictor:
             own = there.reshape(-1, len(parts))[:, k]
             out = max(out, float(torch.where(own, moved.abs(), 0.0).amax()))
         return out
+
+
+def _event_first(t: Tensor) -> Tensor:
+    """The same rows, in memory one element of all after the other. # (*cells, event)"""
+    return t.movedim(-1, 0).contiguous().movedim(0, -1)
 
 
 def _places(name: str, block: Sequence[str], values: Mapping[str, Tensor], like: Tensor) -> Tensor:

@@ -67,7 +67,10 @@ def solve_each(gram: Tensor, moment: Tensor, *, still: bool = False) -> Tensor:
     out = scale * (vectors @ (inverse.unsqueeze(-1) * inner)).squeeze(-1)
     if not still:
         return out
-    for i in (inverse == 0).any(-1).nonzero().reshape(-1).tolist():
-        free = torch.linalg.qr(scale[i].unsqueeze(-1) * vectors[i][:, inverse[i] == 0]).Q
-        out[i] -= free @ (free.mT @ out[i])
+    undetermined = (inverse == 0).sum(-1)  # eigenvalues ascend: these are the first
+    for n in set(undetermined.tolist()):
+        if n:
+            own = undetermined == n
+            free = torch.linalg.qr(scale[own].unsqueeze(-1) * vectors[own][..., :n]).Q
+            out[own] -= (free @ (free.mT @ out[own].unsqueeze(-1))).squeeze(-1)
     return out
