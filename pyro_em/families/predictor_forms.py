@@ -74,10 +74,12 @@ _ODDS = {"logits": "", "probs": "sigmoid"}
 _SPREAD = {"loc": "", "scale": "exp"}
 _ABOUT = ("scale", "loc")
 
+POISSON = PredictedForm(lambda x: (x,), {"rate": "exp"}, _poisson)
+
 _FORMS = {
     "Normal": PredictedForm(lambda x: (x,), _SPREAD, _normal, "scale", spread=_ABOUT),
     "LogNormal": PredictedForm(lambda x: (x.log(),), _SPREAD, _normal, "scale", spread=_ABOUT),
-    "Poisson": PredictedForm(lambda x: (x,), {"rate": "exp"}, _poisson),
+    "Poisson": POISSON,
     "Exponential": PredictedForm(lambda x: (x,), {"rate": "exp"}, _exponential),
     "Bernoulli": PredictedForm(
         lambda x: (x,), _ODDS, _trials(lambda d, at: (d[0], torch.ones_like(d[0])))

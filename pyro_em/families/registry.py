@@ -133,6 +133,10 @@ def given_arguments(fn: Any, family: Family) -> dict[str, torch.Tensor]:
         inner = given_arguments(fn._categorical, REGISTRY[dist.Categorical])
         extra = {n: torch.as_tensor(getattr(fn, n)) for n in family.constants}
         return {**inner, **extra}
+    if isinstance(fn, dist.ZeroInflatedDistribution):
+        gate = "gate" if "gate" in vars(fn) else "gate_logits"
+        inner = given_arguments(fn.base_dist, REGISTRY[type(fn.base_dist)])
+        return {**inner, gate: getattr(fn, gate)}
     if isinstance(fn, torch.distributions.LogNormal):
         return {"loc": fn.base_dist.loc, "scale": fn.base_dist.scale}
     if isinstance(fn, torch.distributions.Chi2):  # its own ``df`` would be made for every row

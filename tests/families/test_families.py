@@ -66,6 +66,26 @@ CASES = {
         dist.GammaPoisson,
         {"concentration": torch.tensor([0.8, 9.0]), "rate": H},
     ),
+    "ZeroInflatedPoisson": (
+        dist.ZeroInflatedPoisson,
+        {"rate": torch.tensor([1.5, 6.0]), "gate": H},
+    ),
+    "ZeroInflatedPoisson logits": (
+        dist.ZeroInflatedPoisson,
+        {"rate": torch.tensor([0.5, 60.0]), "gate_logits": torch.tensor([-2.0, 1.0])},
+    ),
+    "ZeroInflatedNegativeBinomial": (
+        dist.ZeroInflatedNegativeBinomial,
+        {"total_count": torch.tensor([1.5, 9.0]), "probs": H, "gate": torch.tensor([0.2, 0.6])},
+    ),
+    "ZeroInflatedNegativeBinomial logits": (
+        dist.ZeroInflatedNegativeBinomial,
+        {
+            "total_count": torch.tensor([3.0, 20.0]),
+            "logits": torch.tensor([0.5, -1.0]),
+            "gate_logits": torch.tensor([0.5, -1.0]),
+        },
+    ),
     "StudentT": (
         dist.StudentT,
         {"df": torch.tensor([1.5, 9.0]), "loc": torch.tensor([0.0, 5.0]), "scale": H},
