@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -11,6 +11,7 @@ from pyro_em.errors import ModelError, PyroEMError
 from pyro_em.graph.bindings.signatures import KeptSelections
 from pyro_em.graph.enumerated import check_arguments
 from pyro_em.graph.findings.possible import are_possible
+from pyro_em.graph.structure import Structure
 from pyro_em.plan.continuous import with_continuous
 from pyro_em.plan.decisions import decided
 from pyro_em.plan.examined import examined, folded, without_sites
@@ -24,14 +25,20 @@ from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.loops import ALIGNED, EVENTS, PLAIN, NotVectorized
 from pyro_em.tracing.names import names_of
 
+Instead = Callable[[Structure], Program | None]
+
 
 @fewer_collections()
-def build_program(task: Task, *, first_look: bool = True) -> Program | Unrouted:
+def build_program(
+    task: Task, *, first_look: bool = True, instead: Instead | None = None
+) -> Program | Unrouted:
     """Look at a model and its data, decide everything, pay nothing yet.
 
     Args:
         task: What is wanted.
         first_look: Whether the plain run may advance the random state.
+        instead: Asked once the skeleton is known, before latents are enumerated: a program that takes
+            the place of the model's own.
 
     Returns:
         The program; where a latent has no route, what there is to say of it.
@@ -39,7 +46,7 @@ def build_program(task: Task, *, first_look: bool = True) -> Program | Unrouted:
     Raises:
         PyroEMError: If the model or its data cannot be used, with all findings.
     """
-    found = _built(task, first_look, {})
+    found = _built(task, first_look, {}, instead=instead)
     return found if isinstance(found, Unrouted) else rebuildable(task, found)
 
 
@@ -56,7 +63,11 @@ def rebuildable(task: Task, program: Program) -> Program:
 
 
 def _built(
-    task: Task, first_look: bool, refused: Mapping[str, str], stepwise: bool = False
+    task: Task,
+    first_look: bool,
+    refused: Mapping[str, str],
+    stepwise: bool = False,
+    instead: Instead | None = None,
 ) -> Program | Unrouted:
     """The program; vectorised loops are read in none of the ways refused, each with a reason."""
     structure = examined(task, first_look, refused, stepwise)
@@ -74,10 +85,13 @@ def _built(
         except NotVectorized as error:
             # However indices are read, their latents follow each other in the same way.
             refused = dict.fromkeys((ALIGNED, EVENTS, PLAIN), trouble(error))
-            return _built(task, False, refused)
+            return _built(task, False, refused, instead=instead)
         # What is wrong is said of the loop, by the names of its sites.
         is_found = isinstance(found, Program)
-        return found if is_found else _built(task, False, {}, stepwise=True)
+        return found if is_found else _built(task, False, {}, True, instead)
+    other = None if instead is None else instead(structure)
+    if other is not None:
+        return other
     looked, structure = folded(structure.looked), without_sites(structure)
     names = names_of(task.model, task.args, task.kwargs)
     log = task.log(names)

@@ -378,34 +378,45 @@ class Planner(StaysHere):
             known = self.readings.again(task, first)
             if known is not None:
                 return known
-        program = build_program(task, first_look=first)
-        if self.known.components is None:
-            task, program = self._with_components(task, program)
+        if self.known.components is None and task.strategy is None:
+            task, program = self._with_components(task, first)
+        else:
+            program = build_program(task, first_look=first)
         if isinstance(program, Program):
             integrates = bool(program.lines) or program.conjugates is not None
             if self.request.guide is None or not integrates:
                 self.readings.keep(task, program)
         return program
 
-    def _with_components(
-        self, task: Task, program: Program | Unrouted
-    ) -> tuple[Task, Program | Unrouted]:
+    def _with_components(self, task: Task, first: bool) -> tuple[Task, Program | Unrouted]:
         """A program whose observed mixtures have their components as latents, where that serves."""
-        if not isinstance(program, Program) or task.strategy is not None:
-            return task, program
-        names = mixtures_in(program.structure)
+        asked: list[Structure] = []
+
+        def instead(structure: Structure) -> Program | None:
+            asked.append(structure)
+            return self._of_components(task, structure)
+
+        program = build_program(task, first_look=first, instead=instead)
+        if isinstance(program, Program) and not asked:  # some latents were integrated first
+            program = self._of_components(task, program.structure) or program
+        known = self.known.components
+        return task if known is None else replace(task, model=_on(task.model, known)), program
+
+    def _of_components(self, task: Task, structure: Structure) -> Program | None:
+        """The program with components as latents; None where there are none or it does not serve."""
+        names = mixtures_in(structure)
         if not names:
-            return task, program
+            return None
         model = with_components(self.request.model)
-        own = replace(task, model=_on(task.model, model))
         try:
+            own = replace(task, model=_on(task.model, model))
             found = build_program(own, first_look=False)
         except PyroEMError:  # a name that the model has, a way in which it runs
-            return task, program
+            return None
         if isinstance(found, Unrouted) or set(names) <= set(mixtures_in(found.structure)):
-            return task, program
+            return None
         self.known = replace(self.known, components=model)
-        return own, found
+        return found
 
 
 def is_conjugate(name: str, bare: Structure) -> bool:

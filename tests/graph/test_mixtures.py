@@ -179,3 +179,19 @@ def test_where_it_stays_a_distribution() -> None:
     with pyro.get_param_store().scope():
         plan = ExactPosteriorEM(model).plan(X)
         assert not plan.routes and plan.updates["p"].kind is None
+
+
+def test_a_mixture_is_read_by_its_components_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No density of all components is made for all rows: the reading makes none of the mixture."""
+    read = 0
+    log_prob = torch.distributions.MixtureSameFamily.log_prob
+
+    def counted(self: Any, value: Tensor) -> Tensor:
+        nonlocal read
+        read += 1
+        return log_prob(self, value)
+
+    monkeypatch.setattr(torch.distributions.MixtureSameFamily, "log_prob", counted)
+
+    plan = ExactPosteriorEM(plain).plan(X, False)
+    assert plan.kernel == "mixture" and read == 0
