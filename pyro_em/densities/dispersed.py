@@ -37,6 +37,7 @@ from pyro_em.updates.regressions.coefficients import FAR
 from pyro_em.updates.regressions.curved import Curved
 from pyro_em.updates.regressions.designs import designs_of
 from pyro_em.updates.regressions.dispersed import Dispersed, dispersed_at, positive
+from pyro_em.updates.regressions.idle import Moves
 from pyro_em.updates.regressions.newton import climb
 from pyro_em.updates.update import Newton, ParameterUpdate
 
@@ -105,11 +106,9 @@ class DispersedRows(Predicted):
             found = self.with_prior(self._climbed(beta, moments, weighed), beta)
             return positive(found, self.logs)
 
-        found = climb(of, fit.beta)
+        found = climb(of, fit.beta, moves=self._all_moves if self.ridge is None else None)
         off = torch.where(self.logs, found.last, 0.0).abs().amax()
-        runs_off = not found.is_settled and (
-            float(off) >= FAR or self._furthest(torch.where(self.logs, 0.0, found.last)) >= FAR
-        )
+        runs_off = not found.is_settled and (float(off) >= FAR or self.moves(found.last)[0] >= FAR)
         if runs_off or not bool(torch.isfinite(found.place).all()):
             raise Handover
         after = self.enter(self.values(PredictedFit(found.place)))
@@ -121,10 +120,14 @@ class DispersedRows(Predicted):
         """See `Predicted.curved`."""
         return self._climbed(beta, weights, self._weighed(weights))
 
-    def _furthest(self, step: Tensor) -> float:
-        slopes = self._slopes(step)[:, :-1]
-        parts = (slopes @ self.x[:, i : i + CELLS] for i in range(0, self.x.shape[1], CELLS))
-        return max(float(part.abs().max()) for part in parts)
+    def moves(self, step: Tensor) -> Moves:
+        """See `Predicted.moves`; a dispersion is not looked at."""
+        return self._moved_by(self._slopes(torch.where(self.logs, 0.0, step))[:, :-1])
+
+    def _all_moves(self, step: Tensor) -> Moves:
+        """The same, where a dispersion counts by itself."""
+        (moved, size), log = self.moves(step), float(torch.where(self.logs, step, 0.0).abs().amax())
+        return max(moved, log), max(size, log)
 
     def _shape(self, slopes: Tensor) -> Tensor:
         return (slopes[:, -1] + self.known).exp()

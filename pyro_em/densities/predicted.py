@@ -41,6 +41,7 @@ from pyro_em.graph.many_rows.given_rows import slice_of
 from pyro_em.updates.regressions.coefficients import FAR
 from pyro_em.updates.regressions.curved import Curved
 from pyro_em.updates.regressions.designs import designs_of
+from pyro_em.updates.regressions.idle import Moves
 from pyro_em.updates.regressions.newton import climb
 from pyro_em.updates.regressions.predictors import Predictor, predictors_of
 from pyro_em.updates.update import Newton, ParameterUpdate
@@ -125,8 +126,9 @@ class Predicted(PlainRows, KeepsRows, WithRidge):
             lambda beta: self.with_prior(self.curved(beta, moments), beta),
             fit.beta,
             lambda beta: self.with_prior(self.curved(beta, moments, bent=False), beta),
+            self.moves if self.ridge is None else None,
         )
-        runs_off = not found.is_settled and self._furthest(found.last) >= FAR
+        runs_off = not found.is_settled and self.moves(found.last)[0] >= FAR
         if runs_off or not bool(torch.isfinite(found.place).all()):
             raise Handover
         rounded = as_parameters(self.block, found.place)
@@ -136,11 +138,21 @@ class Predicted(PlainRows, KeepsRows, WithRidge):
         """The coefficients of each cell, zero where it has none. # like ``columns``"""
         return torch.nn.functional.pad(beta, (0, 1))[self.columns]
 
-    def _furthest(self, step: Tensor) -> float:
-        """By how much a step moves the predictor of any row."""
-        slopes = self._slopes(step).reshape(-1, self.columns.shape[-1])
-        parts = (slopes @ self.x[:, i : i + CELLS] for i in range(0, self.x.shape[1], CELLS))
-        return max(float(part.abs().max()) for part in parts)
+    def moves(self, step: Tensor) -> Moves:
+        """By how much a step moves the predictor of any row, and would if nothing cancelled."""
+        return self._moved_by(self._slopes(step))
+
+    def _moved_by(self, slopes: Tensor) -> Moves:
+        pace, out = max(256, CELLS // slopes[..., 0].numel()), (0.0, 0.0)
+        for begin in range(0, self.x.shape[1], pace):
+            x = of_rows(self.x, slice(begin, begin + pace))
+            far, size = self._range(slopes @ x), slopes.abs() @ x.abs()
+            out = max(out[0], float(far.amax())), max(out[1], float(size.amax()))
+        return out
+
+    def _range(self, moved: Tensor) -> Tensor:
+        """What of the steps of predictors changes a density. # (..., rows)"""
+        return moved.abs()
 
     @abstractmethod
     def curved(self, beta: Tensor, weights: Tensor, bent: bool = True) -> Curved:
@@ -254,6 +266,10 @@ class Classes(Predicted):
         if self.offset is not None:
             eta = eta + self.offset[..., rows]
         return eta.sub_(eta.amax(1, keepdim=True)).sub_(eta.exp().sum(1, keepdim=True).log_())
+
+    def _range(self, moved: Tensor) -> Tensor:
+        """Differences between classes. # (cells, rows)"""
+        return moved.amax(1) - moved.amin(1)
 
     def log_density(self, fit: PredictedFit, features: slice, onto: Tensor | None = None) -> Tensor:
         """See `Predicted.log_density`."""

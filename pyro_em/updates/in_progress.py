@@ -25,6 +25,7 @@ from pyro_em.updates.expectations.noiseless import noiseless_in_words
 from pyro_em.updates.regressions.coefficients import coefficients, separated
 from pyro_em.updates.regressions.curved import Curved
 from pyro_em.updates.regressions.expansion import Expansion
+from pyro_em.updates.regressions.idle import Moves
 from pyro_em.updates.regressions.least_squares import solved
 from pyro_em.updates.regressions.shift import Shift, gain_of, shifts_of, split
 from pyro_em.updates.sums.data_sums import DataSums, Expanded, Move, Shifted, Written
@@ -136,7 +137,10 @@ class MStepInProgress:
             at = {**self.values, **values}
             return self.sum(lambda part: part.curved(block, at))
 
-        found = coefficients(ask, block, self.graph, self.values, self.updates)
+        def moves(step: Tensor) -> Moves:
+            return self.over.max(lambda part: part.moves(block, step))
+
+        found = coefficients(ask, block, self.graph, self.values, self.updates, moves=moves)
         if not found.is_settled:
             far = self.over.max(lambda part: part.following(self.moves).furthest(block, found.last))
             said = separated(block, self.graph, self.values, found.last, far)

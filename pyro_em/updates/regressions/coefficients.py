@@ -24,6 +24,7 @@ from pyro_em.updates.closed_forms.collapses import refuse_collapse, refuse_noise
 from pyro_em.updates.regressions.coefficient_priors import dispersion_priors, normal_priors
 from pyro_em.updates.regressions.curved import Curved
 from pyro_em.updates.regressions.dispersed import Dispersed, positive
+from pyro_em.updates.regressions.idle import Moves
 from pyro_em.updates.regressions.newton import climb
 from pyro_em.updates.regressions.predictors import Predictor, predictors_of
 from pyro_em.updates.update import ParameterUpdate
@@ -57,6 +58,7 @@ def coefficients(
     values: Mapping[str, Tensor],
     updates: Mapping[str, ParameterUpdate],
     slope: Ask | None = None,
+    moves: Callable[[Tensor], Moves] | None = None,
 ) -> Coefficients:
     """The maximisers of the expected log joint in a block of parameters.
 
@@ -67,6 +69,7 @@ def coefficients(
         values: The current parameters.
         updates: What was decided per parameter, for Normal priors.
         slope: As ``ask``, without second derivatives; None where these cost nothing more.
+        moves: What a direction does to all predictors; asked only without priors.
 
     Raises:
         DegenerateError: If a spread collapses, or data have no noise.
@@ -98,7 +101,8 @@ def coefficients(
             found = found + of_dispersions
         return found if is_concave else positive(found, logs)
 
-    found = climb(of, start, None if slope is None else lambda place: of(place, slope))
+    gentle = None if slope is None else lambda place: of(place, slope)
+    found = climb(of, start, gentle, moves if precision is None else None)
     new = {n: v.to(values[n].dtype) for n, v in split(found.place).items()}
     forms = {p.group: p.form for p in reached if isinstance(p, Dispersed)}
     spreads = {g: form.spread for g, form in forms.items() if form.spread is not None}

@@ -17,6 +17,7 @@ from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.regressions.coefficients import coefficients, separated
 from pyro_em.updates.regressions.curved import Curved
+from pyro_em.updates.regressions.idle import Moves
 from pyro_em.updates.regressions.predictors import Predictor, predictors_of
 from pyro_em.updates.update import ParameterUpdate
 
@@ -65,8 +66,13 @@ class CurveSolver:
             parts = [p.curved(c, self.block, at, bent=bent) for p, c in pairs]
             return parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
 
-        slope = partial(ask, bent=False)
-        reached = coefficients(ask, self.block, self.graph, values, self.updates, slope)
+        def moves(step: Tensor) -> Moves:
+            each = [p.moves(self.block, values, step) for p in found]
+            return max(moved for moved, _ in each), max(size for _, size in each)
+
+        reached = coefficients(
+            ask, self.block, self.graph, values, self.updates, partial(ask, bent=False), moves
+        )
         if not reached.is_settled:
             pairs = zip(found, cells, strict=True)
             far = max(p.furthest(c, self.block, values, reached.last) for p, c in pairs)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.updates.regressions.curved import Curved
+from pyro_em.updates.regressions.idle import Idle, Moves
 from pyro_em.updates.regressions.pseudo_inverse import pseudo_solve
 
 _STEPS = 200
@@ -69,6 +70,7 @@ def climb(
     of: Callable[[Tensor], Curved],
     start: Tensor,
     slope_of: Callable[[Tensor], Curved] | None = None,
+    moves: Callable[[Tensor], Moves] | None = None,
 ) -> Climb:
     """The maximiser of a concave function; see the module's text.
 
@@ -77,8 +79,10 @@ def climb(
         start: Where to begin. # (P,)
         slope_of: The same where second derivatives are not looked at, if that is cheaper: those of the
             place before serve where the last step is one of many digits.
+        moves: What a direction does to the predictors that the function is of; None where each counts.
     """
     here, begin = start, of(start)
+    is_idle = None if moves is None else Idle(moves)
     finite, reached = start, begin.value  # where derivatives were finite last
     now, last = begin, torch.zeros_like(start)
     curvature, is_fresh, before, expected = begin.curvature, True, 0.0, 0.0
@@ -86,7 +90,7 @@ def climb(
         if not (_is_finite(now.gradient) and _is_finite(curvature)):
             return Climb(finite, reached - begin.value, last, True)
         finite, reached = here, now.value
-        step = pseudo_solve(curvature, now.gradient, still=True)
+        step = pseudo_solve(curvature, now.gradient, still=True, is_idle=is_idle)
         rise = torch.dot(now.gradient, step)
         gain, last = min(float(rise), _ENDLESS), step  # where curvature is next to zero
         if not is_fresh and gain > 100 * expected + _GAIN:  # the place is not as was expected

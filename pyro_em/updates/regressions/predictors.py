@@ -30,6 +30,7 @@ from pyro_em.updates.expectations.scatter import sum_to
 from pyro_em.updates.regressions.curved import Curved
 from pyro_em.updates.regressions.designs import designs_of
 from pyro_em.updates.regressions.dispersed import Dispersed, dispersed_at, wholly_at
+from pyro_em.updates.regressions.idle import Moves
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +157,26 @@ class Predictor:
             own = there.reshape(-1, len(parts))[:, k]
             out = max(out, float(torch.where(own, moved.abs(), 0.0).amax()))
         return out
+
+    def moves(self, block: Sequence[str], values: Mapping[str, Tensor], step: Tensor) -> Moves:
+        """By how much a step moves the predictor of any cell, and would if nothing cancelled.
+
+        Args:
+            block: Parameter names.
+            values: Of all parameters that reach the predictor.
+            step: Of all parameters of the block. # (P,)
+        """
+        linear = self.binding.linear_in(block, values)
+        moved, size = 0.0, 0.0
+        for columns, narrow in designs_of(linear, block, values, self.lead, self.event):
+            if not columns.numel():
+                continue
+            J, own = narrow.to(torch.float64), step[columns]
+            of_row = J @ own
+            far = (of_row.amax(-1) - of_row.amin(-1)) if self.event else of_row.abs()
+            moved = max(moved, float(far.amax()))
+            size = max(size, float((J.abs() @ own.abs()).amax()))
+        return moved, size
 
 
 def _event_first(t: Tensor) -> Tensor:

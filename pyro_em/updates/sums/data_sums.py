@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Protocol
 
 import torch
@@ -27,6 +28,7 @@ from pyro_em.updates.expectations.gaussian_rows import event_shape
 from pyro_em.updates.expectations.statistics import dot, expected_statistics, group_statistics
 from pyro_em.updates.regressions.curved import Curved
 from pyro_em.updates.regressions.expansion import Expansion
+from pyro_em.updates.regressions.idle import Moves
 from pyro_em.updates.regressions.least_squares import Equations, equations_of, least_squares
 from pyro_em.updates.regressions.predictors import Predictor, predictors_of
 from pyro_em.updates.regressions.shift import (
@@ -332,6 +334,15 @@ class DataSums:
     def furthest(self, block: Sequence[str], step: Tensor) -> float:
         """By how much a step of coefficients moves the predictor of any cell that has data."""
         return max(far(block, self.values, step) for _, far in self._predicted(block))
+
+    def moves(self, block: Sequence[str], step: Tensor) -> Moves:
+        """What a direction of coefficients does to all predictors; a dispersion counts by itself."""
+        mixed = self.updates[block[0]].is_mixed
+        each = [
+            p.moves(block, self.values, step) if isinstance(p, Predictor) else (inf, 0.0)
+            for p in predictors_of(self.graph, block, mixed=mixed)
+        ]
+        return max(moved for moved, _ in each), max(size for _, size in each)
 
     def _predicted(self, block: Sequence[str]) -> list[tuple[_Ask, _Move]]:
         """The predictors that a block reaches, with the sums of their cells as arguments are now."""
