@@ -14,7 +14,6 @@ from pyro_em.distributions import element_mask, unwrap
 from pyro_em.incomplete import drawn_given_seen
 from pyro_em.tracing.feasible import without_masked_nonsense
 from pyro_em.tracing.lean import nothing
-from pyro_em.tracing.provenance import Tagged, tags_of
 from pyro_em.tracing.sites import ROLE, Role, is_factor, is_latent, role_of
 
 MISSING = "_pyro_em_missing"  # in ``infer``: which entries of an observed value do not count
@@ -56,30 +55,6 @@ class KeepValues(SampleMessenger):
             return
         if is_latent(msg) or (self.of_guide and role_of(msg) is Role.GUIDE):
             msg["value"] = self.values[msg["name"]]
-
-
-class TagSites(SampleMessenger):
-    """Tag the value of each site with the site's own name; observed ones keep their tags too.
-
-    Args:
-        values: Values of unobserved sites, which are not drawn again.
-    """
-
-    def __init__(self, values: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] in self.values and not msg["done"] and is_latent(msg):
-            msg["value"] = self.values[msg["name"]]
-
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        value = msg["value"]
-        if not is_factor(msg) or not isinstance(value, torch.Tensor):
-            return
-        before = frozenset() if is_latent(msg) else tags_of(value)
-        untagged = getattr(value, "_t", value)
-        msg["value"] = Tagged(untagged, before | {msg["name"]})
 
 
 class ScalePlates(SampleMessenger):

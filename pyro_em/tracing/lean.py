@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from pyro.distributions import Categorical
@@ -19,8 +19,10 @@ from pyro.poutine.runtime import _ENUM_ALLOCATOR, _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
+from pyro_em.tracing.not_distributions import require_distribution
 from pyro_em.tracing.parameters import ParameterCapture
-from pyro_em.tracing.sites import Role, is_latent, role_of
+from pyro_em.tracing.provenance import Tagged
+from pyro_em.tracing.sites import Role, is_factor, is_latent, role_of
 
 Aside: TypeAlias = AbstractContextManager[None]
 """A block whose operations are none of the model's, to be opened at any number of sites."""
@@ -28,46 +30,27 @@ Aside: TypeAlias = AbstractContextManager[None]
 Met: TypeAlias = Callable[[dict[str, Any], Aside], None]
 """What is done with a site once it is traced, which it may change."""
 
+AtLarge: TypeAlias = Callable[[dict[str, Any]], None]
+"""What is done with a site that asks for a draw of many numbers."""
+
+_LARGE = 256  # elements; smaller latents are always drawn
+
 nothing: Any = staticmethod(id)  # what does nothing with a message, without a call of Python
 
 
-class _Markov(MarkovMessenger):
-    """``pyro.markov`` that counts scopes in a plain dict."""
-
-    def _process_message(self, msg: Any) -> None:
-        if msg["type"] != "sample" or msg["done"] or type(msg["fn"]).__name__ == "_Subsample":
-            return
-        infer, pos = msg["infer"], self._pos
-        scope = infer.get("_markov_scope")
-        if scope is None:
-            scope = infer["_markov_scope"] = {}
-        for names in self._stack[max(0, pos - self.history) : pos + 1]:
-            for name in names:
-                scope[name] = scope.get(name, 0) + 1
-        infer["_markov_depth"] = 1 + infer.get("_markov_depth", 0)
-        self._stack[pos].add(msg["name"])
-
-    _postprocess_message = nothing
-
-
-class _NoScopes(MarkovMessenger):
-    """``pyro.markov`` in a run without enumeration, where nobody asks for scopes."""
+class _Silent(MarkovMessenger):
+    """``pyro.markov`` that leaves it to the trace around it to count scopes, where anybody asks."""
 
     _process_message = nothing
     _postprocess_message = nothing
 
 
 class LeanTrace(TraceMessenger):
-    """``poutine.trace``; turns the ``pyro.markov`` contexts that it meets into quick ones.
-
-    Attributes:
-        counts_scopes: Whether these are asked for the scope of a site.
+    """``poutine.trace``; the ``pyro.markov`` contexts that it meets say nothing from then on.
 
     Args:
         capture: A handler of parameters alone, which none of the many sites has to pass.
     """
-
-    counts_scopes: ClassVar[bool] = False
 
     def __init__(self, capture: ParameterCapture | None = None) -> None:
         super().__init__()
@@ -80,12 +63,13 @@ class LeanTrace(TraceMessenger):
                 self.capture.before(msg)
             return
         for handler in _PYRO_STACK:
-            if type(handler) is MarkovMessenger:
-                if self.counts_scopes or _enumerates():
-                    handler.__class__ = _Markov  # from the next site on
-                else:
-                    handler.__class__ = _NoScopes
-                    self._silenced.append(handler)
+            if type(handler) is MarkovMessenger and not self._others_enumerate():
+                handler.__class__ = _Silent  # from the next site on
+                self._silenced.append(handler)
+
+    def _others_enumerate(self) -> bool:
+        """Whether another handler around the present site asks for scopes, as one in a model may."""
+        return any(isinstance(h, EnumMessenger) and h is not self for h in _PYRO_STACK)
 
     def __exit__(self, *exception: Any) -> None:
         for handler in self._silenced:  # a context that outlives the run counts in later ones
@@ -104,21 +88,37 @@ class LeanTrace(TraceMessenger):
 
 
 class WatchingTrace(LeanTrace):
-    """The same, noting plates of size zero, by which Pyro divides, and masks.
+    """The same, refusing what is no distribution, noting plates of size zero, by which Pyro divides,
+    and masks.
+
+    Args:
+        capture: As `LeanTrace` takes it.
 
     Attributes:
         empty: Names of empty plates.
+        at_large: What is done about a site that asks for a draw of many numbers; None for nothing.
+
+    Raises:
+        ModelError: From the midst of a run, at the first site whose distribution is none of Pyro's.
     """
 
     def __init__(self, capture: ParameterCapture | None = None) -> None:
         super().__init__(capture)
         self.empty: list[str] = []
+        self.at_large: AtLarge | None = None
         self._masks: list[tuple[str, Tensor, int]] = []
 
     def _process_message(self, msg: Any) -> None:
         super()._process_message(msg)
-        if type(msg["fn"]).__name__ == "_Subsample" and getattr(msg["fn"], "size", None) == 0:
-            self.empty.append(msg["name"])
+        fn = msg["fn"]
+        if msg["type"] != "sample":
+            return
+        if not isinstance(fn, TorchDistributionMixin):
+            require_distribution(msg["name"], fn)
+            if type(fn).__name__ == "_Subsample" and fn.size == 0:
+                self.empty.append(msg["name"])
+        elif self.at_large is not None and _asks_for_many(msg):
+            self.at_large(msg)
 
     def _postprocess_message(self, msg: Any) -> None:
         super()._postprocess_message(msg)
@@ -128,6 +128,33 @@ class WatchingTrace(LeanTrace):
     def changed_masks(self) -> tuple[str, ...]:
         """Names of the sites whose mask was written after them."""
         return tuple(name for name, mask, version in self._masks if mask._version != version)
+
+
+class TaggingTrace(LeanTrace):
+    """The same, of values that carry the names of their sites; observed ones keep what they carry.
+
+    Args:
+        values: Values of unobserved sites, which are not drawn again.
+        capture: As `LeanTrace` takes it.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], capture: ParameterCapture) -> None:
+        super().__init__(capture)
+        self.values = values
+
+    def _process_message(self, msg: Any) -> None:
+        super()._process_message(msg)
+        if msg["name"] in self.values and not msg["done"] and is_latent(msg):
+            msg["value"] = self.values[msg["name"]]
+
+    def _postprocess_message(self, msg: Any) -> None:
+        value = msg["value"]
+        if isinstance(value, Tensor) and msg["type"] == "sample" and is_factor(msg):
+            before: frozenset[str] = frozenset()
+            if isinstance(value, Tagged) and not is_latent(msg):
+                before = value._provenance
+            msg["value"] = Tagged(getattr(value, "_t", value), before | {msg["name"]})
+        super()._postprocess_message(msg)
 
 
 class EnumTrace(LeanTrace, EnumMessenger):
@@ -148,7 +175,6 @@ class EnumTrace(LeanTrace, EnumMessenger):
         made: Called there with a value that was made there, and its form; None for nothing.
     """
 
-    counts_scopes: ClassVar[bool] = True
     made: Callable[[Tensor, tuple[Any, ...]], None] | None = None
     draws: Aside | None = None
     met: Met | None = None
@@ -167,9 +193,12 @@ class EnumTrace(LeanTrace, EnumMessenger):
         self._supports: dict[tuple[Any, ...], Tensor] = {}
 
     def _process_message(self, msg: Any) -> None:
-        super()._process_message(msg)
         if msg["type"] != "sample":
+            super()._process_message(msg)
             return
+        if not msg["done"] and type(msg["fn"]).__name__ != "_Subsample":
+            self._note_scope(msg)
+        super()._process_message(msg)
         name, infer = msg["name"], msg["infer"]
         if name in self.kept and not msg["done"] and is_latent(msg):
             # Not marked as done: the site's scope has still to be noted.
@@ -193,6 +222,21 @@ class EnumTrace(LeanTrace, EnumMessenger):
         _enumerate(self, msg)  # which notes the site's scope
         infer["enumerate"] = "parallel"
         self._enumerate_categorical(msg)
+
+    def _note_scope(self, msg: Any) -> None:
+        """Count the sites in a site's ``pyro.markov`` contexts for those that have been silenced."""
+        infer = msg["infer"]
+        for handler in reversed(_PYRO_STACK):
+            if handler is self:
+                return
+            if type(handler) is not _Silent:
+                continue
+            scope, pos = infer.setdefault("_markov_scope", {}), handler._pos
+            for names in handler._stack[max(0, pos - handler.history) : pos + 1]:
+                for name in names:
+                    scope[name] = scope.get(name, 0) + 1
+            infer["_markov_depth"] = 1 + infer.get("_markov_depth", 0)
+            handler._stack[pos].add(msg["name"])
 
     def _enumerate_categorical(self, msg: Any) -> None:
         """All values of a Categorical, as Pyro lays them out: a copy of those of an earlier site."""
@@ -234,9 +278,9 @@ class EnumTrace(LeanTrace, EnumMessenger):
             self.met(self.trace.nodes[msg["name"]], self.aside)
 
 
-def _enumerates() -> bool:
-    """Whether a handler around the present site enumerates, as one inside a model may."""
-    return any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
+def _asks_for_many(msg: Any) -> bool:
+    """Whether many numbers are to be drawn at a site."""
+    return not msg["done"] and msg["value"] is None and msg["fn"].shape().numel() >= _LARGE
 
 
 def _draw_as_at_first(msg: Any) -> None:

@@ -11,28 +11,18 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import TorchDistributionMixin
-from pyro.poutine.messenger import Messenger
 
 from pyro_em.errors import Finding, raise_findings
-from pyro_em.tracing.lean import nothing
 
 
-class RequireDistributions(Messenger):
-    """Refuse a site whose distribution is none of Pyro's.
+def require_distribution(site: str, fn: Any) -> None:
+    """Refuse what is given at a site in place of a distribution; the indices of a plate are none.
 
     Raises:
-        ModelError: From the midst of a run, at the first such site.
+        ModelError: If it is none of Pyro's.
     """
-
-    _postprocess_message = nothing
-
-    def _process_message(self, msg: Any) -> None:
-        fn = msg["fn"]
-        if msg["type"] != "sample" or isinstance(fn, TorchDistributionMixin):
-            return
-        if not isinstance(fn, dist.Distribution):  # which the indices of a plate are
-            raise_findings([_finding(msg["name"], fn)])
+    if not isinstance(fn, dist.Distribution):
+        raise_findings([_finding(site, fn)])
 
 
 def _finding(site: str, fn: Any) -> Finding:

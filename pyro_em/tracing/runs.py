@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.poutine.block_messenger import BlockMessenger
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 
@@ -31,11 +30,10 @@ from pyro_em.errors import PyroEMError
 from pyro_em.tracing.allocation import NumbersNeeded, Overspent, Shadows, size_guard
 from pyro_em.tracing.calls import CallLog
 from pyro_em.tracing.freed import return_freed_memory
-from pyro_em.tracing.handlers import KeepValues, TagSites
-from pyro_em.tracing.lean import EnumTrace, LeanTrace, Met, WatchingTrace
+from pyro_em.tracing.handlers import KeepValues
+from pyro_em.tracing.lean import AtLarge, EnumTrace, LeanTrace, Met, TaggingTrace, WatchingTrace
 from pyro_em.tracing.memory import settle
 from pyro_em.tracing.mixing import Mixing
-from pyro_em.tracing.not_distributions import RequireDistributions
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import ParameterCapture, TracedParameter, alive
 from pyro_em.tracing.provenance import scopes_of, watched_mixing
@@ -60,6 +58,8 @@ Model = Callable[..., Any]
 
 
 _PLAIN_BYTES = 2**26  # what a plain run may allocate in all before it runs with shadows
+
+_DRAWING: AbstractContextManager[None] = nullcontext()  # all latents, large ones too
 
 
 class RunFailed(Exception):
@@ -217,7 +217,7 @@ def _run_with_shadows(model: Model, args: tuple, kwargs: dict[str, Any]) -> Run:
     known = frozenset(pyro.get_param_store()._params)
     try:
         with Shadows() as shadows:
-            run = _plain_run(model, args, kwargs, DrawNothing(shadows))
+            run = _plain_run(model, args, kwargs, nullcontext(DrawNothing(shadows)))
         if holds_shadows():
             raise NumbersNeeded
     except BaseException:
@@ -227,16 +227,22 @@ def _run_with_shadows(model: Model, args: tuple, kwargs: dict[str, Any]) -> Run:
 
 
 def _plain_run(
-    model: Model, args: tuple, kwargs: dict[str, Any], *more: Messenger, validated: bool = True
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    sparing: AbstractContextManager[AtLarge | None] = _DRAWING,
+    validated: bool = True,
 ) -> Run:
     capture = ParameterCapture(look_at_initial_shape=True)
     tracer = WatchingTrace(capture)
     begun = store_as_it_is()
-    with LeftWhole(), ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(pyro.validation_enabled(validated))
-        for messenger in (tracer, *more, RequireDistributions()):
-            stack.enter_context(messenger)
+    with (
+        LeftWhole(),
+        torch.enable_grad(),
+        pyro.validation_enabled(validated),
+        tracer,
+        sparing as tracer.at_large,
+    ):
         try:
             model(*args, **kwargs)
         except PyroEMError:
@@ -268,8 +274,9 @@ def provenance_run(
     capture = ParameterCapture()
     latents = latents_in(plain.sites)
     begun = store_as_it_is()
+    in_plates = {n: sizes for n, s in latents.items() if (sizes := _plate_sizes(s))}
     mixing = Mixing(
-        {n: _plate_sizes(s) for n, s in latents.items() if drawn or not is_smooth(s["fn"])}
+        {n: sizes for n, sizes in in_plates.items() if drawn or not is_smooth(latents[n]["fn"])}
     )
     with (
         LeftWhole(),
@@ -277,9 +284,8 @@ def provenance_run(
         same_random_state(),
         torch.no_grad(),
         pyro.validation_enabled(False),
-        TagSites({n: s["value"] for n, s in latents.items()}),
         looking_at(mixing),
-        LeanTrace(capture) as tracer,  # innermost: it records values with their tags
+        TaggingTrace({n: s["value"] for n, s in latents.items()}, capture) as tracer,
     ):
         model(*args, **kwargs)
     sites = dict(tracer.trace.nodes)

@@ -195,7 +195,7 @@ def test_only_what_is_done_with_large_latents_is_counted() -> None:
     for rows in (255, 10_000):
         modes = torch._C._len_torch_dispatch_stack()
         try:
-            with SpendLittle(2**17):
+            with WatchingTrace() as tracer, SpendLittle(2**17) as tracer.at_large:
                 model(rows)
             spent = False
         except Overspent:

@@ -109,7 +109,7 @@ def test_planning_many_rows_asks_nothing_of_torch() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "_PLAIN_BYTES", -1)
-        patch.setattr("pyro_em.tracing.sparing._LARGE", 1)
+        patch.setattr("pyro_em.tracing.lean._LARGE", 1)
         patch.setattr(allocation, "shadow_from", noted)
         ExactPosteriorEM(model).plan(torch.randn(30, 2).double(), torch.ones(30))
     assert torch.ops.aten.linalg_cholesky_ex.default in asked

@@ -39,7 +39,7 @@ def sparing(limit: int = 0, large: int = 1) -> Iterator[None]:
     """Run with shadows as soon as a plain run has allocated ``limit`` bytes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "_PLAIN_BYTES", limit - 1)
-        patch.setattr("pyro_em.tracing.sparing._LARGE", large)
+        patch.setattr("pyro_em.tracing.lean._LARGE", large)
         yield
 
 
