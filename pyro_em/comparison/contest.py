@@ -24,7 +24,7 @@ from pyro_em.errors import PyroEMError
 from pyro_em.fitting.results.history import EMStatus, EMStep
 from pyro_em.loss import TraceExact_ELBO
 from pyro_em.posteriors.strategies import EStepStrategy
-from pyro_em.tracing.parameters import ParameterRecord
+from pyro_em.tracing.capture import ParameterRecord
 from pyro_em.tracing.scopes import Keeper, StoreState, own_store
 
 

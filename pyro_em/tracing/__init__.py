@@ -3,8 +3,9 @@
 * A run: `runs` makes it, plainly, with tagged latents (`provenance`, `mixing`), or with latents
   enumerated; `handlers` and `lean` change what a run does, `allocation` and `sparing` what it may
   spend, `stored` is what it leaves in the param store, `sites` what was traced.
-* Parameters: `parameters` hands them out and writes them, `memory` is whose they are, `scopes` keep
-  those of several starts apart, `checkpoint`, `encoding` and `files` keep them in files.
+* Parameters: `capture` hands them out, `parameters` reads and writes their values, `memory` is whose
+  they are, `scopes` keep those of several starts apart, `checkpoint`, `encoding` and `files` keep them
+  in files.
 * What a run depends on: `names`, `dependences` (whether anything was changed since), `operations` and
   `calls` with `constructed` (whether another run does the same), `tape` (what is done to some tensors,
   done again at others).

@@ -19,8 +19,8 @@ from pyro.poutine.runtime import _ENUM_ALLOCATOR, _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
+from pyro_em.tracing.capture import ParameterCapture
 from pyro_em.tracing.not_distributions import require_distribution
-from pyro_em.tracing.parameters import ParameterCapture
 from pyro_em.tracing.provenance import Tagged
 from pyro_em.tracing.sites import Role, is_factor, is_latent, role_of
 

@@ -29,13 +29,14 @@ from pyro_em.distributions import has_finite_support
 from pyro_em.errors import PyroEMError
 from pyro_em.tracing.allocation import NumbersNeeded, Overspent, Shadows, size_guard
 from pyro_em.tracing.calls import CallLog
+from pyro_em.tracing.capture import ParameterCapture
 from pyro_em.tracing.freed import return_freed_memory
 from pyro_em.tracing.handlers import KeepValues
 from pyro_em.tracing.lean import AtLarge, EnumTrace, LeanTrace, Met, TaggingTrace, WatchingTrace
 from pyro_em.tracing.memory import settle
 from pyro_em.tracing.mixing import Mixing
 from pyro_em.tracing.operations import OperationLog
-from pyro_em.tracing.parameters import ParameterCapture, TracedParameter, alive
+from pyro_em.tracing.parameters import TracedParameter, alive
 from pyro_em.tracing.provenance import scopes_of, watched_mixing
 from pyro_em.tracing.randomness import (
     random_state,

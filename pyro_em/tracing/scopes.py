@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_em.errors import UsageError, message
+from pyro_em.tracing.capture import ParameterRecord
 from pyro_em.tracing.memory import settle
-from pyro_em.tracing.parameters import ParameterRecord
 
 StoreState: TypeAlias = Mapping[str, Mapping[str, Any]]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_em.arguments import whole
 from pyro_em.errors import DegenerateError, UsageError, message, warn
 from pyro_em.portable import StaysHere
-from pyro_em.tracing.parameters import ParameterRecord
+from pyro_em.tracing.capture import ParameterRecord
 from pyro_em.tracing.randomness import same_random_state
 from pyro_em.updates.gradients.optimizers import Optimizer, adam
 from pyro_em.updates.update import ClosedForm, Fixed, Gradient, Update

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from pyro_em.tracing.allocation import Overspent, size_guard
 from pyro_em.tracing.calls import CallLog
+from pyro_em.tracing.capture import ParameterCapture
 from pyro_em.tracing.dependences import Reading
 from pyro_em.tracing.lean import EnumTrace, LeanTrace, WatchingTrace
 from pyro_em.tracing.operations import OperationLog
-from pyro_em.tracing.parameters import ParameterCapture
 from pyro_em.tracing.sparing import SpendLittle
 
 K = torch.tensor([[0.7, 0.3], [0.2, 0.8]])

@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.ops.provenance import get_provenance, track_provenance
 from torch.distributions import constraints
 
-from pyro_em.tracing import parameters
+from pyro_em.tracing import capture as capturing
 
 
 def test_enumerated_sites_say_their_dimension_and_id() -> None:
@@ -44,7 +44,7 @@ def test_a_param_message_carries_name_constraint_and_unconstrained_leaf() -> Non
     def model():
         return pyro.param("p", torch.tensor(0.3), constraint=constraints.unit_interval)
 
-    with parameters.ParameterCapture() as capture:
+    with capturing.ParameterCapture() as capture:
         value = model()
     p = capture.parameters["p"]
     store = pyro.get_param_store()

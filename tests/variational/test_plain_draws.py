@@ -16,9 +16,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_em import ExactPosteriorEM
+from pyro_em.tracing.capture import ParameterRecord
 from pyro_em.tracing.draws import drawn_run
 from pyro_em.tracing.handlers import OfBatch
-from pyro_em.tracing.parameters import ParameterRecord
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.trainer import Trainer
 

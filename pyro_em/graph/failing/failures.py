@@ -17,7 +17,7 @@ from pyro_em.graph.failing.failing_words import (
     OF_COORDINATES,
     place_in_words,
 )
-from pyro_em.tracing.parameters import NoTensor
+from pyro_em.tracing.capture import NoTensor
 from pyro_em.tracing.runs import is_of_validation
 
 MANY_STEPS = "write a chain as: for t in pyro.markov(range(T)): ..."
