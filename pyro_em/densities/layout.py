@@ -57,12 +57,13 @@ def layout_of(
     lines: dict[int, Regression] = {}
     for g, K in sizes.items():
         where = (g, graph, updates, values, K)
-        line = (
-            as_lines(*where)
-            or as_vector_lines(*where)
-            or as_predicted(*where)
-            or as_dispersed(*where)
-        )
+        line: Regression | None = None
+        is_affine = any(b.how == "affine" for b in graph.groups[g].bindings.values())
+        if is_affine:
+            line = as_lines(*where) or as_vector_lines(*where)
+        line = line or as_predicted(*where)
+        if is_affine:
+            line = line or as_dispersed(*where)
         if line is not None:
             lines[g] = line
     return Layout(vector, linears, lines)

@@ -83,16 +83,20 @@ def main_argument(group: Group) -> tuple[str, Rule] | None:
     return argument_and_rule if binding.how in ("constant", "selection") and plain else None
 
 
-def linear(group: Group) -> Linear | None:
+def linear(group: Group, main: tuple[str, Rule] | None = None) -> Linear | None:
     """The linear form of a group that has a `main_argument`; None where it does not hold.
 
     It depends on the data and on nothing else that changes from run to run of a model. A latent's own
     density reads its support, and what few numbers gave before is remembered by the selection.
+
+    Args:
+        group: The group.
+        main: That argument with its rule, where they are known.
     """
-    argument_and_rule = main_argument(group)
-    if argument_and_rule is None:
+    main = main_argument(group) if main is None else main
+    if main is None:
         return None
-    name, rule = argument_and_rule
+    name, rule = main
     selections, value = group.bindings[name].selections, group.value
     is_plain = len(group.arguments) == 1 and group.mask is None and group.elements is None
     if not is_plain or len(selections) != 1 or value.numel() > _FEW or value.requires_grad:

@@ -24,6 +24,7 @@ from pyro_em.densities.linear import KINDS, Linear, linear, main_argument
 from pyro_em.densities.symbols import spread
 from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
+from pyro_em.families.family import Rule
 from pyro_em.families.form import Form
 from pyro_em.families.forms import Kind
 from pyro_em.graph.factors import FactorGraph, Group
@@ -340,9 +341,11 @@ def _linears(
     """Linear groups all of whose parameters are fixed or solved by linear groups alone."""
     linears: dict[int, Linear] = {}
     for g in eligible:
-        if main_argument(graph.groups[g]) is None or _feature_cells(graph.groups[g]) > _MANY_CELLS:
+        group = graph.groups[g]
+        main = main_argument(group)
+        if main is None or _feature_cells(group, *main) > _MANY_CELLS:
             continue
-        form = linear(graph.groups[g])
+        form = linear(group, main)
         if form is not None:
             linears[g] = form
     while True:
@@ -382,11 +385,8 @@ def _is_held(
     return interval is not None and interval[0] <= low and interval[1] >= high
 
 
-def _feature_cells(group: Group) -> int:
-    """Roughly how many numbers the features of a group's data have."""
-    argument_and_rule = main_argument(group)
-    assert argument_and_rule is not None
-    name, rule = argument_and_rule
+def _feature_cells(group: Group, name: str, rule: Rule) -> int:
+    """Roughly how many numbers the features of a group's data have in an argument."""
     width = group.arguments[name].shape[-1] if rule.kind.form.is_row else 2
     assert group.family is not None
     return group.value.numel() * (1 if group.family.event_dim else width)

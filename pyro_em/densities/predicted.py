@@ -34,7 +34,6 @@ from pyro_em.densities.linear import would_cancel
 from pyro_em.densities.pairs import products, unfolding, upper_pairs
 from pyro_em.densities.ridge import Ridge, WithRidge
 from pyro_em.errors import Handover
-from pyro_em.families.family import link_of
 from pyro_em.graph.bindings.binding import LINKS
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.many_rows.given_rows import slice_of
@@ -452,7 +451,7 @@ def _of_some_rows(
     if would_cancel(predictor.rule.kind, n, d):
         return None
     value = predictor.rule.kind.form.of_predictor(n.double(), d.double(), eta).value
-    at = LINKS[link_of(family, predictor.argument) or ""].forward(eta)
+    at = LINKS[family.links.get(predictor.argument, "")].forward(eta)
     log_p = family.log_prob(group.value, {**arguments, predictor.argument: at})
 
     def by_row(t: Tensor, tail: int) -> Tensor:

@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -98,24 +99,10 @@ class Rule:
     contribution: Callable[[Statistics, Arguments], tuple[Tensor, Tensor]]
     link: Link = IDENTITY
 
-    @property
+    @cached_property
     def takes_products(self) -> bool:
         """Whether a product A Aᵀ of a parameter has an update: a covariance, or its inverse."""
         return self.kind.form.is_gram and self.link is not CHOLESKY
-
-
-def link_of(family: Family, argument: str) -> str | None:
-    """What makes an argument of a linear predictor in which the log density is concave, by its name.
-
-    Returns:
-        Empty where the argument itself is the predictor; None where no such update is known.
-    """
-    if family.predicted is not None and argument in family.predicted.links:
-        return family.predicted.links[argument]
-    rule = family.rules.get(argument)
-    if rule is None or not rule.kind.form.inverse_link:
-        return None
-    return rule.kind.form.inverse_link if rule.link is IDENTITY else ""
 
 
 def feature_of(statistics: Statistics) -> Tensor:
@@ -311,7 +298,7 @@ class Family:
             return record_of, (self.distribution,)
         return Family, tuple(getattr(self, f.name) for f in fields(self))
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The distribution's name, for plans and messages."""
         return self.distribution.__name__
@@ -321,22 +308,32 @@ class Family:
         """Whether its sums are to be taken anew where arguments have moved far."""
         return self.natural is not None and self.natural.is_local
 
-    @property
+    @cached_property
     def joint_form(self) -> NaturalForm | None:
         """The linear form in which sums tell all arguments together, if there is one."""
         return self.natural if self.together is None else self.together
 
-    @property
+    @cached_property
     def may_meet(self) -> bool:
         """Whether parameters that meet in its arguments have an update."""
         ends = [r.kind.form.end for r in self.rules.values()]
         return self.joint_form is not None or (bool(ends) and all(ends))
 
-    def argument_event_dim(self, name: str) -> int:
-        """Rightmost dimensions of one value of an argument."""
-        if name in self.rules:
-            return self.rules[name].kind.event_dim
-        return self.event_dims.get(name, 0)
+    @cached_property
+    def argument_dims(self) -> Mapping[str, int]:
+        """Rightmost dimensions of one value of an argument; those that are not named have none."""
+        return {**self.event_dims, **{n: r.kind.event_dim for n, r in self.rules.items()}}
+
+    @cached_property
+    def links(self) -> Mapping[str, str]:
+        """By argument what makes it of a linear predictor in which the log density is concave.
+
+        The name of a function, empty where the argument itself is the predictor. Arguments of which no
+        such update is known are not named.
+        """
+        forms = {n: (r.kind.form.inverse_link, r.link) for n, r in self.rules.items()}
+        out = {n: name if link is IDENTITY else "" for n, (name, link) in forms.items() if name}
+        return out if self.predicted is None else {**out, **self.predicted.links}
 
     def log_prob(self, value: Tensor, arguments: Arguments) -> Tensor:
         """log p(value | arguments) in nats, of the broadcast batch shape."""
@@ -344,7 +341,7 @@ class Family:
             return self.log_density(value, arguments)
         return self.distribution(**arguments, validate_args=False).log_prob(value)
 
-    @property
+    @cached_property
     def has_reference(self) -> bool:
         """Whether T(x) is taken about a location, and so changes with the arguments."""
         if self.natural is not None:

@@ -69,6 +69,14 @@ def recipe_for(
     return _recipe(like.shape, like.stride(), event_dim, tuple(dims), collapse)
 
 
+def laid_out(
+    tensor: Tensor, event_dim: int, dims: Sequence[int | None], collapse: int = 0
+) -> tuple[Tensor, Recipe]:
+    """A tensor in the compact layout, and the recipe for others of its form; see `compact`."""
+    recipe = recipe_for(tensor, event_dim, dims, collapse)
+    return compacted(tensor, recipe), recipe
+
+
 @lru_cache(maxsize=1024)
 def _recipe(
     full: tuple[int, ...],

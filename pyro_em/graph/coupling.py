@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_em.distributions import element_mask, has_finite_support, is_outside, unwrap
 from pyro_em.errors import Finding
-from pyro_em.families.registry import family_of, given_arguments, stated_arguments
+from pyro_em.families.registry import REGISTRY, given_arguments, stated_arguments
 from pyro_em.graph.checks import read_from_outside
 from pyro_em.tracing.feasible import without_masked_nonsense
 from pyro_em.tracing.randomness import seeded
@@ -266,18 +266,20 @@ def counted_cells(site: Mapping[str, Any]) -> Tensor | None:
     return mask if site["is_observed"] and isinstance(mask, Tensor) else None
 
 
-def parts_of(site: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, int]]:
+def parts_of(site: Mapping[str, Any]) -> list[tuple[str, Tensor, int]]:
     """What the density of a site is made of: (name, tensor, its rightmost event dimensions)."""
     fn, value = site["fn"], site["value"]
     base, reinterpreted, _ = unwrap(fn)
-    family, mask = family_of(fn), element_mask(fn, site["mask"])
+    family, mask = REGISTRY.get(type(base)), element_mask(fn, site["mask"])
     stated = None if family is not None else stated_arguments(base)
+    out: list[tuple[str, Tensor, int]] = []
     if family is not None:
         for name, tensor in given_arguments(base, family).items():
-            yield f"argument '{name}'", tensor, reinterpreted + family.argument_event_dim(name)
+            event_dim = reinterpreted + family.argument_dims.get(name, 0)
+            out.append((f"argument '{name}'", tensor, event_dim))
     elif stated is not None:
         for name, (tensor, event_dim) in stated.items():
-            yield f"argument '{name}'", tensor, reinterpreted + event_dim
+            out.append((f"argument '{name}'", tensor, reinterpreted + event_dim))
     else:
         # What is masked need not be a value at all.
         shown = value
@@ -288,16 +290,17 @@ def parts_of(site: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, int]]:
         counts = mask_tensor(site)
         if isinstance(counts, Tensor):
             log_p = torch.where(counts, log_p, 0.0)
-        yield "log density", log_p, 0
+        out.append(("log density", log_p, 0))
     if site["is_observed"] and isinstance(value, Tensor):
-        yield "value", value, fn.event_dim
+        out.append(("value", value, fn.event_dim))
     # A number of Python may follow from a latent's value, too: mask=bool(z.any()).
     if isinstance(mask, Tensor):
-        yield "mask", mask, reinterpreted
+        out.append(("mask", mask, reinterpreted))
     else:
-        yield "mask", _OFF if mask is False else _ON, 0
+        out.append(("mask", _OFF if mask is False else _ON, 0))
     scale = site["scale"]
-    yield "scale", scale if isinstance(scale, Tensor) else torch.tensor(float(scale)), 0
+    scale = scale if isinstance(scale, Tensor) else torch.tensor(float(scale))
+    return [*out, ("scale", scale, 0)]
 
 
 def differs(a: Tensor, b: Tensor, event_dim: int) -> Tensor | None:

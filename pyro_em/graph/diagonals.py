@@ -34,11 +34,13 @@ def with_diagonals(graph: FactorGraph) -> FactorGraph:
     return replace(graph, groups=groups)
 
 
-def as_given(group: Group, arguments: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The arguments of a group as the user's distribution has them."""
-    name = group.matrix
-    if not name:
-        return arguments
+def with_matrix(name: str, arguments: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The arguments of independent Normals as the user's multivariate Normal has them.
+
+    Args:
+        name: Its matrix (`Group.matrix`).
+        arguments: Those of the group.
+    """
     power = arguments["scale"] ** (1 / _EXPONENT[name])
     rest = {n: a for n, a in arguments.items() if n != "scale"}
     return {**rest, name: torch.diag_embed(power)}

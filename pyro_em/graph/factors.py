@@ -45,7 +45,7 @@ class Latent:
     support: Tensor
     batch_dims: tuple[str | None, ...]
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of values."""
         return self.support.shape[0]
@@ -177,7 +177,7 @@ class Group:
         """Whether every member counts once."""
         return all(not isinstance(s, Tensor) and s == 1.0 for s in self.scales)
 
-    @property
+    @cached_property
     def outlines(self) -> Mapping[str, Tensor]:
         """Tensors of the shapes and dtypes of the arguments, where nobody asks for their numbers."""
         own = self.arguments
@@ -190,7 +190,7 @@ class Group:
         return self._thin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "_thin"}
+        return {k: v for k, v in vars(self).items() if k not in ("_thin", "outlines")}
 
     @cached_property
     def _thin(self) -> Group:
@@ -271,9 +271,13 @@ class Group:
             return self.value
         return self.value_binding.evaluate(values)
 
+    def evaluated(self, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """The arguments and the members' values at parameter values."""
+        return self.evaluate_arguments(values), self.evaluate_value(values)
+
     def log_density_at(self, values: Mapping[str, Tensor]) -> Tensor:
         """log p of every cell at parameter values, through the bindings. # (members, *sizes)"""
-        return self.log_density(self.evaluate_arguments(values), self.evaluate_value(values))
+        return self.log_density(*self.evaluated(values))
 
     def log_density(
         self, arguments: Mapping[str, Tensor] | None = None, value: Tensor | None = None

@@ -142,7 +142,7 @@ class SiteAsGroup:
                     held[a],
                     recipe_for(
                         held[a],
-                        reinterpreted + family.argument_event_dim(a),
+                        reinterpreted + family.argument_dims.get(a, 0),
                         dims,
                         reinterpreted,
                     ),

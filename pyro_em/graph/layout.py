@@ -15,7 +15,7 @@ from pyro_em.distributions import bases_of, element_mask, split_mask, unexpanded
 from pyro_em.errors import Finding
 from pyro_em.families.family import Family
 from pyro_em.families.registry import (
-    family_of,
+    REGISTRY,
     given_arguments,
     given_arguments_of_all,
     spread_arguments,
@@ -28,6 +28,7 @@ from pyro_em.graph.compact import (
     compact,
     compact_all,
     compacted,
+    laid_out,
     once_along_rows,
     recipe_for,
 )
@@ -104,10 +105,11 @@ class FactorLayout:
         for dim in reversed(range(batch)):
             if dim != at:
                 support = support.select(dim, 0)
-        by_dim = {f.dim: f.name for f in frames_of(site).values()}
+        frames = frames_of(site)
+        by_dim = {f.dim: f.name for f in frames.values()}
         rank = self.structure.sites[name].batch_dim
         dims = tuple(by_dim.get(d) for d in range(-rank, 0))
-        return Latent(name, tuple(frames_of(site)), support.detach(), dims)
+        return Latent(name, tuple(frames), support.detach(), dims)
 
     def place(self, name: str) -> tuple[tuple[str, ...], list[int | None], list[int]]:
         """The latents in a site's scope, and the dimensions and sizes of its plates and of these."""
@@ -140,7 +142,7 @@ class FactorLayout:
             Factors of equal bindings, and the sites that have to be laid out by themselves.
         """
         fns = bases_of([self.sites[n]["fn"] for n in names])
-        family = family_of(fns[0])
+        family = REGISTRY.get(type(fns[0]))
         if family is None or self.structure.sites[names[0]].role is Role.POINT:
             return [], list(names)
         held = given_arguments_of_all(fns, family)
@@ -197,7 +199,7 @@ class FactorLayout:
                 arguments[argument] = one.unsqueeze(0).expand(n, *one.shape)
                 bindings[argument] = repeated(first.bindings[argument], n)
                 continue
-            event = reinterpreted + first.family.argument_event_dim(argument)
+            event = reinterpreted + first.family.argument_dims.get(argument, 0)
             recipe = recipe_for(held[argument], event, dims, reinterpreted)
             stack = compact_all([own[argument] for _, own in members], recipe).to(one.dtype)
             arguments[argument] = stack
@@ -219,7 +221,7 @@ class FactorLayout:
         fn, value = site["fn"], site["value"]
         scope, dims, sizes = self.place(name)
         base, reinterpreted, wrapping = unwrap(fn)
-        family = family_of(base)
+        family = REGISTRY.get(type(base))
         is_masked = site["mask"] is not None or bool(wrapping)
         mask, elements = self._masks(site, dims) if is_masked else (None, None)
         if mask is not None and not info.observed and mask.shape[len(info.plates) :].numel() != 1:
@@ -265,11 +267,11 @@ class FactorLayout:
             compact_value = _typed(compact_value, given, family)
             for arg, tensor in given.items():
                 tensor = tensor.detach() if self.detached else tensor
-                event = reinterpreted + family.argument_event_dim(arg)
+                event = reinterpreted + family.argument_dims.get(arg, 0)
                 if tensor.numel() > _LARGE:
-                    tensor = once_along_rows(tensor, family.argument_event_dim(arg))
-                recipe = recipe_for(tensor, event, dims, reinterpreted)
-                kept = laid = compacted(tensor, recipe)
+                    tensor = once_along_rows(tensor, family.argument_dims.get(arg, 0))
+                laid, recipe = laid_out(tensor, event, dims, reinterpreted)
+                kept = laid
                 if kept.dtype != compact_value.dtype and compact_value.is_floating_point():
                     kept = kept.to(compact_value.dtype)
                 if arg == "loc" and name in self.structure.lines:

@@ -152,7 +152,7 @@ def components_of_mixture(base: Any) -> Components | None:
         if name in family.constants and not isinstance(raw, Tensor):
             constants[name] = raw
             continue
-        event = reinterpreted + family.argument_event_dim(name)
+        event = reinterpreted + family.argument_dims.get(name, 0)
         if argument.dim() > event:
             given[name] = unexpanded(argument), event
         elif argument.dim() == 0:

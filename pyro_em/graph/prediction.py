@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.graph.diagonals import as_given
+from pyro_em.graph.diagonals import with_matrix
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
 
@@ -38,14 +38,13 @@ def disagreements(
         apart = _moved(group) if g in moved else frozenset[str]()
         still = _unmoved(group) if exactly else frozenset[str]()
         thin = group.thin()
-        arguments = as_given(thin, thin.evaluate_arguments(values))
-        if _agrees(thin, arguments, thin.evaluate_value(values), fresh, still, apart):
+        arguments, at = thin.evaluated(values)
+        if _agrees(thin, _as_given(thin, arguments), at, fresh, still, apart):
             continue
-        arguments = as_given(group, group.evaluate_arguments(values))
-        at = group.evaluate_value(values)
+        arguments, at = group.evaluated(values)
         for i, site in enumerate(group.members):
             traced = dict(_static_parts(*fresh.group_of(site)))
-            parts = dict(_static_parts(group, i, arguments, at))
+            parts = dict(_static_parts(group, i, _as_given(group, arguments), at))
             found += [(site, name) for name in traced if name not in parts]
             for name, tensor in parts.items():
                 binding = group.bindings.get(name)
@@ -55,6 +54,11 @@ def disagreements(
                 if name not in traced or not same(tensor, traced[name]):
                     found.append((site, name))
     return found
+
+
+def _as_given(group: Group, arguments: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The arguments of a group as the user's distribution has them."""
+    return with_matrix(group.matrix, arguments) if group.matrix else arguments
 
 
 def _unmoved(group: Group) -> frozenset[str]:
@@ -88,7 +92,7 @@ def _agrees(
     scales = (*group.scales, *other.scales)
     if any(isinstance(s, Tensor) for s in scales) or group.scale != other.scale[own]:
         return False
-    traced = as_given(other, other.arguments)
+    traced = _as_given(other, other.arguments)
     if set(arguments) != set(traced) or not group.is_static:
         return False
     pairs = [(_VALUE, value, other.value)]
@@ -120,7 +124,7 @@ def _static_parts(
     arguments: Mapping[str, Tensor] | None = None,
     value: Tensor | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    held = as_given(group, group.arguments) if arguments is None else arguments
+    held = _as_given(group, group.arguments) if arguments is None else arguments
     for name, tensor in held.items():
         yield name, tensor[i]
     yield _VALUE, (group.value if value is None else value)[i]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -151,7 +152,7 @@ class Structure(Portable):
         shared = set.intersection(*(set(i.nested) for i in data))
         return tuple(p for p in data[0].nested if p in shared)
 
-    @property
+    @cached_property
     def data_plate(self) -> str | None:
         """The outermost of ``data_plates``; None where it is a loop, or there is none."""
         outermost = next(iter(self.data_plates), None)

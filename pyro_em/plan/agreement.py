@@ -37,7 +37,7 @@ def disagreements_of(
         random_seed: Trace from another random state.
         current: The current ones, where they are known.
     """
-    return_freed_memory(group.value for group in program.graph.groups)
+    return_freed_memory([group.value for group in program.graph.groups])
     current = values_of(program.graph.parameters) if current is None else current
     predicted_at = {**current, **(values or {})}
     graph, given = at_zero(program.graph), (program.args, program.structure)

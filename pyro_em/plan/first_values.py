@@ -14,7 +14,7 @@ from dataclasses import replace
 import pyro
 import torch
 
-from pyro_em.graph.findings.initial import forget_bad_starts, tell_of_starts
+from pyro_em.graph.findings.initial import forget_bad_starts, start_problems, tell_of_starts
 from pyro_em.graph.findings.value_checks import parameter_problems
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.loops import needs_all_steps
@@ -58,8 +58,9 @@ def with_first_values(
     except (RunFailed, NumbersNeeded, NotVectorized):
         return None
     tell_of_starts(plain.parameters)
-    if parameter_problems(plain) or plain.cleared or plain.changed_masks:
-        forget_bad_starts(plain.parameters)
+    starts = start_problems(plain.parameters)
+    if parameter_problems(plain, starts) or plain.cleared or plain.changed_masks:
+        forget_bad_starts(plain.parameters, starts)
         set_random_state(begin)
         return None
     return _with_parameters(structure, plain.parameters)

@@ -219,22 +219,22 @@ class ParameterUpdate:
     is_mixed: bool = False
     is_met_end: bool = False
 
-    @property
+    @cached_property
     def kind(self) -> Kind | None:
         """The functional form of a closed-form update."""
         return self.uses[0].rule.kind if self.uses else None
 
-    @property
+    @cached_property
     def needs_data(self) -> bool:
         """Whether its maximiser needs the data themselves, not only sums over them."""
         return self.is_met_end or (self.kind is not None and self.kind.form.needs_data)
 
-    @property
+    @cached_property
     def is_end(self) -> bool:
         """Whether a support ends at it: it is found from the outermost data."""
         return self.is_met_end or (self.kind is not None and self.kind.form.end != 0)
 
-    @property
+    @cached_property
     def is_row(self) -> bool:
         """Whether it is solved for by rows of probabilities, which may well go without data."""
         return self.kind is not None and self.kind.form.is_row

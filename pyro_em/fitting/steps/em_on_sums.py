@@ -136,7 +136,7 @@ def on_sums(program: Program, data: Parted | None = None) -> OnSums | None:
         program: The model with its data.
         data: The parts of the data; None where all are at hand.
     """
-    return_freed_memory(group.value for group in program.graph.groups)
+    return_freed_memory([group.value for group in program.graph.groups])
     block = program.kernel.block
     if block is None or (data is not None and not data.is_quick):
         return None

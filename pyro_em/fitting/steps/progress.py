@@ -14,14 +14,15 @@ class Bar:
         self.bar: tqdm | None = None
         if progress is not False:
             disable = None if progress is None else False
-            self.bar = tqdm(total=max_steps * starts, disable=disable, desc="EM", unit="step")
+            bar = tqdm(total=max_steps * starts, disable=disable, desc="EM", unit="step")
+            self.bar = None if bar.disable else bar
         self.max_steps, self.starts, self.current = max_steps, starts, 0
         self.objective_name = objective_name
         self.label = ""
 
     def update(self, start: int, objective: float) -> None:
         """One more step of a start."""
-        if self.bar is None or self.bar.disable:
+        if self.bar is None:
             return
         if start != self.current:
             self.bar.n = start * self.max_steps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pyro_em.families.family import Family, link_of
+from pyro_em.families.family import Family
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ def useful_for(family: Family, argument: str, *, may_meet: bool) -> Useful:
         argument: The argument's name.
         may_meet: Whether parameters that meet in an argument may be solved for together.
     """
-    rule, dims = family.rules.get(argument), family.argument_event_dim(argument)
-    is_regressed, link = _is_regressed(family, argument), link_of(family, argument)
+    rule, dims = family.rules.get(argument), family.argument_dims.get(argument, 0)
+    is_regressed, link = _is_regressed(family, argument), family.links.get(argument)
     return Useful(
         affine=may_be_affine(family, argument),
         bilinear=is_regressed or (dims == 0 and link == ""),
@@ -57,7 +57,7 @@ def useful_for(family: Family, argument: str, *, may_meet: bool) -> Useful:
 
 def may_be_affine(family: Family, argument: str) -> bool:
     """Whether an argument that is affine in parameters has an update: least squares, or Newton's."""
-    return _is_regressed(family, argument) or link_of(family, argument) is not None
+    return _is_regressed(family, argument) or argument in family.links
 
 
 def _is_regressed(family: Family, argument: str) -> bool:

@@ -60,7 +60,7 @@ def _is_as_read(
         family = family_of(site["fn"])
         assert family is not None
         tensor = given_arguments(base, family)[read.pair.argument]
-        event = reinterpreted + family.argument_event_dim(read.pair.argument)
+        event = reinterpreted + family.argument_dims.get(read.pair.argument, 0)
         dims = layout.place(name)[1]
         a = compact(tensor.detach(), event, dims, reinterpreted, tensor)
         if read.pair.argument == "logits":

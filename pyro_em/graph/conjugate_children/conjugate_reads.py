@@ -149,7 +149,7 @@ def _read_of(
         raise refused(latent, where, what, kernel)
     (argument,) = reading
     tensor = given[argument]
-    event = reinterpreted + family.argument_event_dim(argument)
+    event = reinterpreted + family.argument_dims.get(argument, 0)
     dims = layout.place(name)[1]
     brought = partial(compact, event_dim=event, dims=dims, collapse=reinterpreted, like=tensor)
     power: float | str
@@ -157,7 +157,7 @@ def _read_of(
     if kernel.support in ("positive", "matrix"):
         power = power_of(tensor, values[latent])
         elements = _elements(brought(tensor), values[latent])
-        if kernel.support == "positive" and family.argument_event_dim(argument):
+        if kernel.support == "positive" and family.argument_dims.get(argument, 0):
             elements = _of_matrices(elements, latent, where, f"{kind}.{argument}")
     elif kernel.support == "unit":
         read = share_of_log_odds if argument == "logits" else share_of

@@ -242,7 +242,7 @@ class _Together:
         same = torch.ones(len(names), dtype=torch.bool)
         visible = [self.look.visible(self._site(n)) for n in names]
         for name in held[0][0]:
-            event_dim = reinterpreted + family.argument_event_dim(name)
+            event_dim = reinterpreted + family.argument_dims.get(name, 0)
             pairs = [(e[name], _untagged(p[name])) for e, p in zip(*held, strict=True)]
             same &= self._same(pairs, event_dim, visible)
         if self._site(names[0])["is_observed"]:

@@ -28,7 +28,7 @@ from pyro_em.graph.findings.first_run import (
 )
 from pyro_em.graph.findings.folded import without_graphs
 from pyro_em.graph.findings.held_latents import coupled_latents, with_numbers_read
-from pyro_em.graph.findings.initial import forget_bad_starts
+from pyro_em.graph.findings.initial import forget_bad_starts, start_problems
 from pyro_em.graph.findings.marginals import marginals_of
 from pyro_em.graph.findings.readable import (
     refuse_inference_mode,
@@ -242,7 +242,8 @@ def _findings(
         joined=(tagged.joined | tagged.read) & latents.keys(),
         device=None if plain.shadows is None else plain.shadows.device,
     )
-    of_parameters = parameter_problems(plain)
+    starts = start_problems(plain.parameters)
+    of_parameters = parameter_problems(plain, starts)
     if of_parameters and has_bad_parameters(plain):
         given = {
             where: value
@@ -250,7 +251,7 @@ def _findings(
             if not any(same_tensor(value, told) for told in said.told_of)
         }
         of_parameters = [*given_problems(given, NO_NUMBERS), *of_parameters]
-    forget_bad_starts(plain.parameters)
+    forget_bad_starts(plain.parameters, starts)
     return structure, [*said.of_latents, *of_parameters, *of_others]
 
 

@@ -12,7 +12,12 @@ from pyro_em.distributions import unwrap
 from pyro_em.errors import DataError, Finding, raise_findings
 from pyro_em.graph.failing.blame import given_tensors
 from pyro_em.graph.failing.failures import is_about_numbers, on_failure
-from pyro_em.graph.findings.initial import forget_bad_starts, start_problem, tell_of_starts
+from pyro_em.graph.findings.initial import (
+    forget_bad_starts,
+    start_problem,
+    start_problems,
+    tell_of_starts,
+)
 from pyro_em.graph.findings.missing_inputs import inputs_that_failed
 from pyro_em.graph.findings.value_checks import given_problems, parameter_problems
 from pyro_em.tracing.missing import has_missing
@@ -71,8 +76,9 @@ def _why_it_failed(
     error, run = failure.error, failure.run
     given = given_tensors(model, args, kwargs)
     # A stale or non-finite parameter is the likelier cause of a failure that follows it.
-    problems = parameter_problems(run)
-    forget_bad_starts(run.parameters)
+    starts = start_problems(run.parameters)
+    problems = parameter_problems(run, starts)
+    forget_bad_starts(run.parameters, starts)
     start = None if run.unfinished is None else start_problem(run.unfinished)
     if start is not None:
         problems.append(start)

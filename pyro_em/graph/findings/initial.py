@@ -23,6 +23,12 @@ _RELATIVE = 1e-3
 _ROUNDING = 1e-6  # of probabilities
 
 
+def start_problems(parameters: Mapping[str, TracedParameter]) -> dict[str, Finding]:
+    """What is wrong with initial values (`start_problem`), by the names of their parameters."""
+    found = {name: start_problem(p) for name, p in parameters.items()}
+    return {name: problem for name, problem in found.items() if problem is not None}
+
+
 def start_problem(p: TracedParameter) -> Finding | None:
     """A finding where no fit can start from the initial value that a model gave, else None."""
     given = p.initial
@@ -93,15 +99,22 @@ def tell_of_starts(parameters: Mapping[str, TracedParameter]) -> None:
             warn(str(note))
 
 
-def forget_bad_starts(parameters: Mapping[str, TracedParameter]) -> None:
+def forget_bad_starts(
+    parameters: Mapping[str, TracedParameter], problems: Mapping[str, Finding]
+) -> None:
     """Take parameters that no fit can start from out of the param store again.
 
     A second call, on better data, would otherwise meet the bad value.
+
+    Args:
+        parameters: Those of a run.
+        problems: What is wrong with the initial values of some.
     """
     store = pyro.get_param_store()
-    for name, p in parameters.items():
+    for name in problems:
+        p = parameters[name]
         own = p.initial is not None and not isinstance(p.unconstrained, torch.nn.Parameter)
-        if own and name in store and "." not in name and start_problem(p) is not None:
+        if own and name in store and "." not in name:
             del store[name]
 
 

@@ -14,7 +14,7 @@ from pyro_em.distributions import broadcast_shape, element_mask, is_finite, is_r
 from pyro_em.errors import DataError, Finding
 from pyro_em.graph.failing.blame import same_tensor
 from pyro_em.graph.failing.failing_words import CONVERTED_NAN, NAN_CONVERTED, OF_COORDINATES
-from pyro_em.graph.findings.initial import start_problem
+from pyro_em.graph.findings.initial import start_problems
 from pyro_em.incomplete import may_hold_nan
 from pyro_em.pieces import where_true
 from pyro_em.tracing.runs import Run
@@ -24,8 +24,14 @@ _WHOLE = (constraints.integer_interval, type(constraints.nonnegative_integer))
 _COUNTS = constraints.independent(constraints.nonnegative_integer, 1)
 
 
-def parameter_problems(run: Run) -> list[Finding]:
-    """Two constraints, a stale shape, a value that is not finite."""
+def parameter_problems(run: Run, starts: Mapping[str, Finding] | None = None) -> list[Finding]:
+    """Two constraints, a stale shape, a value that is not finite.
+
+    Args:
+        run: The run that read the parameters.
+        starts: What is wrong with their initial values, where that has been looked at.
+    """
+    starts = start_problems(run.parameters) if starts is None else starts
     problems = []
     for p in run.parameters.values():
         where = f"parameter '{p.name}'"
@@ -73,9 +79,8 @@ def parameter_problems(run: Run) -> list[Finding]:
                     ),
                 )
             )
-        start = start_problem(p)
-        if start is not None:
-            problems.append(start)
+        if p.name in starts:
+            problems.append(starts[p.name])
         elif not is_finite(value):
             problems.append(
                 Finding(

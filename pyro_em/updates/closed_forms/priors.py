@@ -46,7 +46,9 @@ def prior_contribution(
     if event:  # a scalar prior of a vector is kept below its expansion, an event is not
         last = prior.selection.index.shape[batch:]
         arguments = {
-            name: a if group.family.argument_event_dim(name) else a.expand(*a.shape[:batch], *last)
+            name: a
+            if group.family.argument_dims.get(name, 0)
+            else a.expand(*a.shape[:batch], *last)
             for name, a in arguments.items()
         }
     n, d = rule(arguments)

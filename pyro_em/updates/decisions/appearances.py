@@ -93,7 +93,8 @@ class Appearances:
                 self._weaken(f"the value of '{group.members[0]}' depends on it")
             else:
                 self.priors.append(prior)
-        dispersed = dispersed_at(g, group, graph.parameters)
+        is_predicted = group.family.predicted is not None
+        dispersed = dispersed_at(g, group, graph.parameters) if is_predicted else None
         if dispersed is not None and name in dispersed.params:
             self.is_curved = self.is_used = True
             self.predicted += dispersed.places(name)

@@ -184,7 +184,7 @@ def element_sizes(group: Group) -> tuple[int, ...]:
     lead = 1 + len(group.sizes)
     shapes = [group.value.shape[lead : lead + group.event_dims]]
     for name, a in group.arguments.items():
-        own = a.dim() - family.argument_event_dim(name)
+        own = a.dim() - family.argument_dims.get(name, 0)
         shapes.append(a.shape[lead : min(own, lead + group.event_dims)])
     return tuple(torch.broadcast_shapes(*shapes))
 

@@ -95,7 +95,7 @@ def group_statistics(
         any(
             a.shape[d] > 1
             for name, a in arguments.items()
-            if a.dim() - family.argument_event_dim(name) == batch
+            if a.dim() - family.argument_dims.get(name, 0) == batch
         )
         for d in range(batch)
     ]

@@ -164,7 +164,7 @@ def _arguments(
     family = group.family
     assert family is not None and family.joint_form is not None
     names = [n for n in family.joint_form.arguments if n in group.bindings]
-    events = {n: family.argument_event_dim(n) for n in names}
+    events = {n: family.argument_dims.get(n, 0) for n in names}
     shapes = {n: group.bindings[n].constant.shape for n in names}
     cells = torch.broadcast_shapes(*(s[: len(s) - events[n]] for n, s in shapes.items()))
     out = {}

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from pyro_em.families.family import Arguments, Rule, Statistics, link_of
+from pyro_em.families.family import Arguments, Rule, Statistics
 from pyro_em.graph.bindings.binding import LINKS, Binding
 from pyro_em.graph.bindings.jacobian import Jacobian
 from pyro_em.graph.factors import FactorGraph, Group
@@ -245,7 +245,7 @@ def predictor_binding(
     reads_latents = isinstance(group.belief, Moments)
     if group.family is None or reads_latents or argument not in group.bindings:
         return None
-    link, binding = link_of(group.family, argument), group.bindings[argument]
+    link, binding = group.family.links.get(argument), group.bindings[argument]
     if (
         link is None
         or argument not in group.family.rules
