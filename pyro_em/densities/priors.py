@@ -146,9 +146,7 @@ def _base(
 
 
 def may_have_priors(update: ParameterUpdate, graph: FactorGraph, is_natural: bool) -> bool:
-    """Whether the M-step on sums of a parameter with priors is that through tables."""
-    if not update.priors:
-        return True
+    """Whether the M-step on sums of a parameter that has priors is that through tables."""
     if not isinstance(update.update, ClosedForm) or update.kind is None:
         return False
     interval = bounds(graph.parameters[update.name].constraint)

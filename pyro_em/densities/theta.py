@@ -328,10 +328,8 @@ def theta_of(
     if prior is None:
         return Finding("priors", "a prior adds no constant to the sums")
     for name, u in updates.items():
-        if not (
-            isinstance(u.update, LeastSquares | Newton)
-            or may_have_priors(u, graph, name in natural)
-        ):
+        is_line = isinstance(u.update, LeastSquares | Newton)
+        if u.priors and not is_line and not may_have_priors(u, graph, name in natural):
             return Finding(f"parameter '{name}'", f"'{name}' has a prior and an upper bound")
     blocks = dict.fromkeys(u.block for u in rest.values() if isinstance(u.update, LeastSquares))
     curved = dict.fromkeys(u.block for u in rest.values() if isinstance(u.update, Newton))

@@ -143,7 +143,7 @@ class Structure(Portable):
         """The same with a few steps of each loop that runs over indices: they are all alike."""
         return self if self.series is None else self.series.sketch
 
-    @property
+    @cached_property
     def data_plates(self) -> tuple[str, ...]:
         """The plates that all observations share, outermost first; loops included."""
         data = [i for i in self.sketch.sites.values() if i.role is Role.DATA]

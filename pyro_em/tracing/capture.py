@@ -58,6 +58,7 @@ class ParameterCapture(Messenger):
         self.values = values
         self.hand_out = hand_out
         self.log, self.begins = log, begins
+        self._aside = self.quietly()
         self.look_at_initial_shape = look_at_initial_shape
         self.given: dict[str, Any] = {}
         self.parameters: dict[str, TracedParameter] = {}
@@ -76,7 +77,7 @@ class ParameterCapture(Messenger):
     def before(self, msg: Any) -> None:
         """Give the message of a parameter its value, where it is one of the param store."""
         store = pyro.get_param_store()
-        with self.quietly():
+        with self._aside:
             if msg["name"] not in store:
                 self._note_start(msg)
                 _start_apart(msg)

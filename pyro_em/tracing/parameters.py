@@ -146,6 +146,25 @@ def write_unconstrained(parameter: TracedParameter, value: torch.Tensor) -> None
         parameter.unconstrained.copy_(parameter.inverse(value))
 
 
+def write(
+    parameters: Mapping[str, TracedParameter],
+    values: Mapping[str, Tensor],
+    held: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write constrained values into the param store, where it holds others.
+
+    Args:
+        parameters: The parameters.
+        values: What to write.
+        held: The values that were written last, where the store holds them still.
+    """
+    with torch.no_grad():
+        for name, value in values.items():
+            p = parameters[name]
+            if not torch.equal(p.value() if held is None else held[name], value):
+                write_unconstrained(p, value)
+
+
 def values_of(parameters: Mapping[str, TracedParameter]) -> dict[str, torch.Tensor]:
     """The current constrained values by name, tensors of their own."""
     return {name: p.value() for name, p in parameters.items()}

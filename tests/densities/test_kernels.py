@@ -26,7 +26,7 @@ from pyro_em.errors import Handover
 from pyro_em.families.forms import Kind
 from pyro_em.families.registry import REGISTRY
 from pyro_em.fitting.results.history import EMStatus, EMStep
-from pyro_em.fitting.steps import em_map, guarded, verified_steps
+from pyro_em.fitting.steps import guarded, verified_steps
 from pyro_em.fitting.steps.em_map import ByTracing
 from pyro_em.fitting.steps.em_on_sums import on_sums
 from pyro_em.plan import agreement, verification
@@ -36,6 +36,7 @@ from pyro_em.plan.program import Program
 from pyro_em.posteriors.chains.chain import Chain
 from pyro_em.posteriors.messages import forward_backward
 from pyro_em.posteriors.mixtures.mixture import Mixture
+from pyro_em.tracing import parameters
 from pyro_em.tracing.parameters import values_of
 
 Model = Callable[..., None]
@@ -764,7 +765,7 @@ def test_an_interrupt_at_any_write_leaves_one_whole_step(
 ) -> None:
     """What is in the store, in the result and in the history belong together."""
     x = points(120)
-    original, calls = em_map.write_unconstrained, 0
+    original, calls = parameters.write_unconstrained, 0
 
     def write(*args: Any) -> None:
         nonlocal calls
@@ -773,11 +774,11 @@ def test_an_interrupt_at_any_write_leaves_one_whole_step(
             raise KeyboardInterrupt
         original(*args)
 
-    monkeypatch.setattr(em_map, "write_unconstrained", write)
+    monkeypatch.setattr(parameters, "write_unconstrained", write)
     result = ExactPosteriorEM(gaussian).fit(
         x, 2, "full", max_steps=25, tol=0, progress=False, **how
     )
-    monkeypatch.setattr(em_map, "write_unconstrained", original)
+    monkeypatch.setattr(parameters, "write_unconstrained", original)
     evidence = ExactPosteriorEM(gaussian).posterior(x, 2, "full").log_evidence
     assert result.log_evidence == pytest.approx(evidence, rel=1e-10)
     for name, value in result.params.items():

@@ -17,7 +17,6 @@ from torch import Tensor
 from pyro_em.densities.density import KeepsRows
 from pyro_em.densities.theta import At
 from pyro_em.errors import Finding, Handover, UsageError, message
-from pyro_em.fitting.steps.em_map import write
 from pyro_em.plan.part import Part
 from pyro_em.plan.program import Program
 from pyro_em.plan.summed import (
@@ -31,7 +30,7 @@ from pyro_em.plan.summed import (
 from pyro_em.reduction.reduction import Reduction
 from pyro_em.reduction.trees import SAME, larger, mapped
 from pyro_em.tracing.encoding import decoded, encoded
-from pyro_em.tracing.parameters import restore, snapshot, values_of
+from pyro_em.tracing.parameters import restore, snapshot, values_of, write
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.expectations.statistics import Expectation
 from pyro_em.updates.m_step import MStepState
@@ -177,7 +176,7 @@ class OnKernel:
 
     def publish(self) -> None:
         """See `Steps.publish`."""
-        write(self.program, self.values())
+        write(self.program.graph.parameters, self.values())
 
     def state(self) -> Any:
         """See `Steps.state`."""

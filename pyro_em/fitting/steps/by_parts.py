@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pyro_em.errors import message, warn
-from pyro_em.fitting.steps.em_map import write
 from pyro_em.fitting.steps.parted import Parted
 from pyro_em.fitting.steps.point import PartsPoint, Point, SumsPoint, Values
 from pyro_em.plan.evaluation import Evaluation
@@ -17,7 +16,7 @@ from pyro_em.plan.part import Made, Summary, Totals
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.continuous.gaussian_steps import for_updates
 from pyro_em.reduction.seen_as import SeenAs
-from pyro_em.tracing.parameters import restore, snapshot, values_of
+from pyro_em.tracing.parameters import restore, snapshot, values_of, write
 from pyro_em.updates.m_step import MStepReport, MStepState, m_step_over
 
 
@@ -43,7 +42,7 @@ class ByParts:
     def e_step(self, values: Values | None = None, index: int = 0) -> PartsPoint:
         """See `EMMap.e_step` in `em_map`; the values are written into the param store."""
         if values is not None:
-            write(self.program, values)
+            write(self.program.graph.parameters, values)
         totals = self._totals()
         found = self.data.over.sum(lambda part: part.summary(index, None, totals))
         return self._point(found, index, totals)

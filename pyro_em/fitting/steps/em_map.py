@@ -7,10 +7,9 @@ on sums over the data. Both start from a `Point` and lead to one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from pyro_em.errors import message, warn
@@ -18,7 +17,7 @@ from pyro_em.fitting.steps.point import PartsPoint, Point, SumsPoint, TracedPoin
 from pyro_em.plan.evaluation import Evaluation
 from pyro_em.plan.part import Made
 from pyro_em.plan.program import Program
-from pyro_em.tracing.parameters import restore, snapshot, values_of, write_unconstrained
+from pyro_em.tracing.parameters import restore, snapshot, values_of, write
 from pyro_em.tracing.randomness import random_state
 from pyro_em.updates.expectations.statistics import dot, expected_log_joint
 from pyro_em.updates.m_step import MStepState
@@ -80,7 +79,7 @@ class ByTracing:
     def e_step(self, values: Values | None = None, index: int = 0) -> TracedPoint:
         """See `EMMap.e_step`; the values are written into the param store."""
         if values is not None:
-            write(self.program, values)
+            write(self.program.graph.parameters, values)
         made = self._made_from(index) if self.remembers else None
         evaluation = self.evaluate()
         q = self.program.e_step(evaluation, index)
@@ -167,23 +166,6 @@ def has_fallen(program: Program, before: Point, after: Point, allowed: float) ->
         ),
     )
     return True
-
-
-def write(
-    program: Program, values: Mapping[str, Tensor], held: Mapping[str, Tensor] | None = None
-) -> None:
-    """Write constrained values into the param store.
-
-    Args:
-        program: The model with its data.
-        values: What to write.
-        held: The values that were written last, where the store holds them still.
-    """
-    with torch.no_grad():
-        for name, value in values.items():
-            p = program.graph.parameters[name]
-            if not torch.equal(p.value() if held is None else held[name], value):
-                write_unconstrained(p, value)
 
 
 def allowed_fall(eps: float) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_em.errors import Handover, TooFar, message, warn
 from pyro_em.fitting.steps.by_parts import ByParts
-from pyro_em.fitting.steps.em_map import ByTracing, after_m_step, allowed_fall, write
+from pyro_em.fitting.steps.em_map import ByTracing, after_m_step, allowed_fall
 from pyro_em.fitting.steps.em_on_sums import OnSums, on_sums
 from pyro_em.fitting.steps.parted import Parted
 from pyro_em.fitting.steps.point import Point, SumsPoint
@@ -28,7 +28,7 @@ from pyro_em.plan.eligibility import Kernel
 from pyro_em.plan.evaluation import Disagreement
 from pyro_em.plan.program import Program
 from pyro_em.plan.verification import distrusted
-from pyro_em.tracing.parameters import restore, snapshot
+from pyro_em.tracing.parameters import restore, snapshot, write
 from pyro_em.updates.m_step import MStepState
 
 _MANY_HANDOVERS = 3
@@ -215,7 +215,7 @@ class Guarded:
         origin = snapshot(self.program.graph.parameters) if held is None else held.unconstrained
         try:
             values, bound = self.quick.m_step(at)
-            write(self.program, values, None if held is None else held.values)
+            write(self.program.graph.parameters, values, None if held is None else held.values)
             after = self.quick.e_step()
         except Handover as handover:
             self.far = handover if isinstance(handover, TooFar) else None
@@ -255,7 +255,7 @@ class Guarded:
     def published(self, at: Point) -> SumsPoint:
         """A point on sums with its parameters in the param store, where a transform may round."""
         assert isinstance(at, SumsPoint)
-        write(self.program, at.values)
+        write(self.program.graph.parameters, at.values)
         again = self._quick_e_step()
         if again is None:
             return at
@@ -273,7 +273,7 @@ class Guarded:
             before = (
                 step.before.values if was_public and isinstance(step.before, SumsPoint) else None
             )
-            write(self.program, step.after.values, before)
+            write(self.program.graph.parameters, step.after.values, before)
 
     def _is_confirmed_at(self, values: Mapping[str, Tensor]) -> bool:
         """Write values and hold a fresh trace against them.
@@ -283,7 +283,7 @@ class Guarded:
         """
         origin = snapshot(self.program.graph.parameters)
         try:
-            write(self.program, values)
+            write(self.program.graph.parameters, values)
             self._confirm()
             return True
         except Unconfirmed as error:

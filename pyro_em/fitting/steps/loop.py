@@ -9,14 +9,14 @@ from collections.abc import Iterator
 
 from pyro_em.errors import DataError, DegenerateError
 from pyro_em.fitting.results.history import EMStatus, EMStep
-from pyro_em.fitting.steps.em_map import values_at, write
+from pyro_em.fitting.steps.em_map import values_at
 from pyro_em.fitting.steps.guarded import Fell, Guarded, Step
 from pyro_em.fitting.steps.point import Point, SumsPoint, Values
 from pyro_em.fitting.steps.run import EMRun, Settings
 from pyro_em.fitting.steps.stopping import crawls, should_stop
 from pyro_em.plan.hyperparameters import run_away
 from pyro_em.plan.program import Program
-from pyro_em.tracing.parameters import restore, snapshot
+from pyro_em.tracing.parameters import restore, snapshot, write
 
 
 def iterate(
@@ -156,7 +156,7 @@ def settle(em: Guarded, run: EMRun, *, anew: bool = True) -> bool:
             elif isinstance(run.last, SumsPoint) and anew:
                 run.record(em.program, em.published(run.last))
             elif run.last is not None:
-                write(em.program, values_at(run.last))
+                write(em.program.graph.parameters, values_at(run.last))
                 run.record(em.program, run.last)
             return interrupted
         except KeyboardInterrupt:

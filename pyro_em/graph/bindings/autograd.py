@@ -39,7 +39,13 @@ from pyro_em.graph.bindings.binding import Binding
 from pyro_em.graph.bindings.composites import as_composite
 from pyro_em.graph.bindings.log_affine import as_log_affine
 from pyro_em.graph.bindings.named_leaves import NamedLeaves
-from pyro_em.graph.bindings.nodes import Point, below_expansion, is_leaf, nodes_below
+from pyro_em.graph.bindings.nodes import (
+    Point,
+    below_expansion,
+    is_leaf,
+    nodes_below,
+    variables_below,
+)
 from pyro_em.graph.bindings.products import as_product, as_sum
 from pyro_em.graph.bindings.reached import Reached
 from pyro_em.graph.bindings.selections import as_selection
@@ -147,10 +153,4 @@ def leaves_below(tensors: Iterable[Tensor]) -> set[int]:
 
 def _leaves_below(node: Node, leaves: Mapping[str, Tensor]) -> tuple[tuple[str, ...], bool]:
     """Names of the parameters below a node in the order of ``leaves``; whether no other leaf is."""
-    known = NamedLeaves.of(leaves)
-    found = {
-        known.name_of(n.variable)  # type: ignore[attr-defined]
-        for n in nodes_below(node)
-        if is_leaf(n)
-    }
-    return known.in_order(n for n in found if n is not None), None not in found
+    return NamedLeaves.of(leaves).among(variables_below(node))

@@ -44,6 +44,11 @@ class NamedLeaves(Mapping[str, Tensor]):
         """The name of a tensor; None where it is none of the leaves."""
         return self._names.get(id(tensor))
 
+    def among(self, tensors: Iterable[Tensor]) -> tuple[tuple[str, ...], bool]:
+        """The names of leaves among some tensors, in their order; whether all of these are leaves."""
+        found = {self.name_of(t) for t in tensors}
+        return self.in_order([n for n in found if n is not None]), None not in found
+
     def in_order(self, names: Iterable[str]) -> tuple[str, ...]:
         """Each of some names once, in the order of the leaves."""
         known = set(names)

@@ -138,6 +138,17 @@ def nodes_below(node: Node) -> list[Node]:
     return list(seen)
 
 
+def variables_below(node: Node) -> list[Tensor]:
+    """The leaf tensors from which a node is computed."""
+    return [n.variable for n in nodes_below(node) if is_leaf(n)]  # type: ignore[attr-defined]
+
+
+def operation_below(node: Node) -> Node | None:
+    """A node, or one below it, that does more than move elements of leaves; None where none does."""
+    below = nodes_below(node)
+    return next((n for n in below if not is_leaf(n) and n.name() not in VIEWS), None)
+
+
 def normalisation(node: Node) -> tuple[Node, int] | None:
     """The input x of a node x / x.sum(−1) or x − x.logsumexp(−1), if it is one."""
     parents = inputs_of(node)

@@ -24,10 +24,10 @@ from pyro_em.graph.bindings.nodes import (
     forward_maps,
     inputs_of,
     is_leaf,
-    nodes_below,
     output_shape,
     point_at,
     through_views,
+    variables_below,
 )
 from pyro_em.graph.bindings.reached import Reached
 from pyro_em.graph.bindings.selections import is_right, read_maps
@@ -134,7 +134,7 @@ def _selected(
     if problem:
         return None
     parts, covered = [], torch.zeros(point.shape, dtype=torch.bool, device=like.device)
-    below = {id(n.variable) for n in nodes_below(point.node) if is_leaf(n)}  # type: ignore[attr-defined]
+    below = set(map(id, variables_below(point.node)))
     for name, leaf in leaves.items():
         if id(leaf) not in below:
             continue

@@ -22,7 +22,7 @@ from pyro_em.graph.bindings.nodes import (
     forward_maps,
     inputs_of,
     is_leaf,
-    nodes_below,
+    operation_below,
 )
 from pyro_em.graph.bindings.reached import Reached
 
@@ -141,11 +141,8 @@ def read_maps(node: Node) -> tuple[tuple[ElementwiseMap, ...], bool, str]:
         else:
             return (), False, f"an operation that is no selection reaches it ({base.lower()})"
         node = parents[0][0]
-    for n in nodes_below(node):
-        if not is_leaf(n) and n.name() not in VIEWS:
-            return (
-                (),
-                False,
-                f"an operation that is no selection reaches it ({base_name(n).lower()})",
-            )
+    other = operation_below(node)
+    if other is not None:
+        name = base_name(other).lower()
+        return (), False, f"an operation that is no selection reaches it ({name})"
     return tuple(reversed(maps)), has_factor, ""
