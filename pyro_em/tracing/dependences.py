@@ -159,9 +159,8 @@ class Reading:
         self._seen: set[Hashable] = set()
         self._look = functools.partial(names_of, model, args, kwargs)
         self._names = self._look() if names is None else names
-        for value in (args, kwargs, *self._names.values()):
-            for tensor in tensors_within(value):
-                self.note(tensor)
+        for tensor in tensors_within([args, kwargs, *self._names.values()]):
+            self.note(tensor)
 
     def note(self, tensor: Tensor) -> None:
         """A tensor was read."""
@@ -272,7 +271,7 @@ def _sums(t: Tensor) -> Hashable:
 
 def contents_of(value: Any) -> tuple[Hashable, ...]:
     """Shapes and checksums of the data in a value and in the containers in it; numbers are none."""
-    return tuple((tuple(t.shape), checksum(t)) for t in tensors_within(value) if t.dim())
+    return tuple((tuple(t.shape), checksum(t)) for t in tensors_within([value]) if t.dim())
 
 
 def _is_plain(t: Tensor) -> bool:

@@ -260,8 +260,8 @@ class PairTrace(TraceMessenger):
     """A trace of sample sites: first those of a guide, then those of the model at its values.
 
     A step of a network runs both, and much of what it adds to their arithmetic is the way of each
-    message through the handlers. This one does what four do in turn: `GuideSites`, from
-    `turn_to_model` on `GiveValues`, and outside of both `SampleTrace` and `OfBatch`.
+    message through the handlers. This one does what four do in turn: `GuideSites` for
+    those of the guide, then `GiveValues`, and outside of both `SampleTrace` and `OfBatch`.
 
     Args:
         shown: Guide sites whose log density counts.
@@ -283,9 +283,19 @@ class PairTrace(TraceMessenger):
         self._batch = OfBatch(factors)
         self._turn: SampleMessenger = guide
 
-    def turn_to_model(self) -> None:
-        """The guide has been run: what comes now are the model's sites."""
-        self._turn = self._model
+    def run(
+        self,
+        guide: Callable[..., Any],
+        model: Callable[..., Any],
+        args: tuple,
+        kwargs: Mapping[str, Any],
+    ) -> dict[str, dict[str, Any]]:
+        """Run the guide, then the model; returns the sites of both by name."""
+        with self:
+            guide(*args, **kwargs)
+            self._turn = self._model
+            model(*args, **kwargs)
+        return self.trace.nodes
 
     def _process_message(self, msg: Any) -> None:
         if msg["type"] != "sample":

@@ -12,6 +12,7 @@ import functools
 import operator
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -23,26 +24,25 @@ _DEPTH = 3  # functions that call functions, containers that hold containers
 _MANY = 256  # entries of a container
 
 
-def tensors_within(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
-    """Tensors and arrays (as tensors) in a value and in the containers in it."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, np.ndarray):
-        try:
-            yield torch.from_numpy(value)
-        except (TypeError, ValueError):  # of strings or objects, or with negative strides
-            return
-    elif depth and isinstance(value, (list, tuple, dict)) and len(value) <= _MANY:
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from tensors_within(part, depth - 1)
+def tensors_within(values: Iterable[Any], depth: int = _DEPTH) -> list[Tensor]:
+    """Tensors and arrays (as tensors) among some values and in the containers among them."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, np.ndarray):
+            with suppress(TypeError, ValueError):  # of strings or objects, or negative strides
+                found.append(torch.from_numpy(value))
+        elif depth and isinstance(value, (list, tuple, dict)) and len(value) <= _MANY:
+            parts = value.values() if isinstance(value, dict) else value
+            found += tensors_within(parts, depth - 1)
+    return found
 
 
-def tensors_in(names: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def tensors_in(names: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     """The tensors and arrays that names stand for; those deep in containers have no name."""
-    for name, value in names.items():
-        if isinstance(value, (Tensor, np.ndarray)):
-            for tensor in tensors_within(value):
-                yield name, tensor
+    data = {n: v for n, v in names.items() if isinstance(v, (Tensor, np.ndarray))}
+    return [(name, tensor) for name, v in data.items() for tensor in tensors_within([v])]
 
 
 def numbers_in(names: Mapping[str, Any]) -> dict[str, Any]:

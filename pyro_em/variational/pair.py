@@ -71,11 +71,8 @@ class Pair:
             The sites of both, by name, those of the guide as ``guide:name``.
         """
         tracer = PairTrace(self.shown, self.chosen, self.roles, factors)
-        with LeftWhole(), Unvalidated(), tracer:
-            self.guide(*args, **kwargs)
-            tracer.turn_to_model()
-            self.model(*args, **kwargs)
-        return tracer.trace.nodes
+        with LeftWhole(), Unvalidated():
+            return tracer.run(self.guide, self.model, args, kwargs)
 
 
 @dataclass(frozen=True, eq=False)
