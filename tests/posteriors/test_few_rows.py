@@ -14,7 +14,7 @@ from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM
 from pyro_em.errors import Handover
-from pyro_em.posteriors.mixtures import responsibilities
+from pyro_em.posteriors.mixtures import few_rows
 from pyro_em.posteriors.mixtures.mixture import Mixture
 
 
@@ -63,7 +63,7 @@ def test_few_rows_are_solved_as_in_chunks_and_as_numpy_solves_them(
     x, start = data(N, K, apart)
     block = block_of(x, start)
     assert block._few is not None
-    assert (N * K > responsibilities.FEW_CELLS) == (N == 3000)
+    assert (N * K > few_rows.FEW_CELLS) == (N == 3000)
     at = block.theta.enter({"w": pyro.param("w"), "mu": start, "S": pyro.param("S")})
     few = block.e_step(at)
     evidence, mass, first = by_numpy(x, start)

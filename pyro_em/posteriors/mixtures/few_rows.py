@@ -20,9 +20,11 @@ from pyro_em.densities.features import Cells
 from pyro_em.densities.gaussian import Gaussian, Prepared
 from pyro_em.densities.theta import At
 from pyro_em.graph.bindings.binding import is_in_order
-from pyro_em.posteriors.mixtures.responsibilities import FEW_CELLS, responsibilities
+from pyro_em.posteriors.mixtures.responsibilities import sum_of_logs, unnormalised
 from pyro_em.posteriors.mixtures.row_factors import RowFactors
 from pyro_em.updates.expectations.statistics import NATURAL, Expectation
+
+FEW_CELLS = 2**13
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,3 +101,20 @@ class FewRows:
             {NATURAL: {"features": features}, self.g: {"moments": moments, "mass": mass}},
             noise=self.noise * p.size,
         )
+
+
+def responsibilities(joint: Tensor) -> tuple[Tensor, Tensor]:
+    """The log evidence of all rows in nats, and R. # (), (K, rows)
+
+    Of few rows an operation costs more than its numbers, and the largest responsibility of a row tells
+    its evidence: log p = max ℓ − log max r.
+
+    Args:
+        joint: Log densities, which are overwritten. # (K, rows)
+    """
+    if joint.numel() <= FEW_CELLS:
+        weights = joint.softmax(0)
+        return joint.amax(0).to(torch.float64).sub_(weights.amax(0).log_()).sum(), weights
+    top, weights, mass = unnormalised(joint, may_clamp=False)
+    weights.div_(mass)
+    return top.sum(dtype=torch.float64) + sum_of_logs(mass), weights

@@ -15,8 +15,6 @@ _LOG2_E = math.log2(math.e)
 
 _MANY = 2048
 
-FEW_CELLS = 2**13
-
 
 def unnormalised(joint: Tensor, may_clamp: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The largest log density of each row, the exponential of what the others are below it, its sum.
@@ -50,20 +48,3 @@ def sum_of_logs(mass: Tensor) -> Tensor:
         if odd:
             out = torch.cat([out, rest])
     return out.log().sum()
-
-
-def responsibilities(joint: Tensor) -> tuple[Tensor, Tensor]:
-    """The log evidence of all rows in nats, and R. # (), (K, rows)
-
-    Of few rows an operation costs more than its numbers, and the largest responsibility of a row tells
-    its evidence: log p = max ℓ − log max r.
-
-    Args:
-        joint: Log densities, which are overwritten. # (K, rows)
-    """
-    if joint.numel() <= FEW_CELLS:
-        weights = joint.softmax(0)
-        return joint.amax(0).to(torch.float64).sub_(weights.amax(0).log_()).sum(), weights
-    top, weights, mass = unnormalised(joint, may_clamp=False)
-    weights.div_(mass)
-    return top.sum(dtype=torch.float64) + sum_of_logs(mass), weights
