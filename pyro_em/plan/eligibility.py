@@ -282,12 +282,13 @@ def _no_sums(
         return f"'{site}' ({kind}) has no sums"
     is_predicted = group.family.predicted is not None
     dispersed = dispersed_at(g, group, graph.parameters) if is_predicted else None
-    together = is_joint(group)
     for argument, binding in group.bindings.items():
+        if binding.how in ("constant", "selection"):
+            continue
         is_line = binding.how in ("affine", "bilinear") and argument == "loc"
         is_line = is_line or (dispersed is not None and argument in dispersed.bindings)
         is_line = is_line or predictor_binding(group, argument, graph.parameters) is not None
-        if not is_line and not together and binding.how not in ("constant", "selection"):
+        if not is_line and not is_joint(group):
             if binding.how == "composite":
                 return f"{argument} of '{site}' ({kind}) is made of several parameters"
             how = "a sum" if binding.how == "sum" else binding.how

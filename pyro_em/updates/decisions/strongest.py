@@ -25,6 +25,8 @@ from pyro_em.updates.update import (
     Use,
 )
 
+_PLAIN = ClosedForm()
+
 _NO_PRIOR = "its prior is not Normal with known numbers"
 
 
@@ -43,7 +45,7 @@ def strongest_update(graph: FactorGraph, name: str, *, together: bool = True) ->
     if pair is not None:
         made = " and ".join(pair.params)
         names = f"Uniform.low and Uniform.high are made of {made} (smallest and largest value)"
-        return ParameterUpdate(name, ClosedForm(), names, block=pair.params, is_met_end=True)
+        return ParameterUpdate(name, _PLAIN, names, block=pair.params, is_met_end=True)
     found = Appearances.of(graph, name, together)
     if not found.is_used:
         return ParameterUpdate(name, Fixed(), "no factor depends on it")
@@ -128,10 +130,10 @@ def _in_closed_form(found: Appearances, uses: Sequence[Use]) -> ParameterUpdate:
         of = next((graph.groups[p.group].members[0] for p in priors if p.argument), "")
         reason = f"it is a hyperparameter of '{of}'" if of else "only priors depend on it"
         return ParameterUpdate(name, Gradient(), reason)
-    problem = why_not_conjugate(graph, uses[0], priors)
+    problem = why_not_conjugate(graph, uses[0], priors) if priors else ""
     if problem:
         return ParameterUpdate(name, Gradient(), problem)
-    problem = disagreement(uses)
+    problem = disagreement(uses) if len(uses) > 1 else ""
     if problem:
         return ParameterUpdate(name, Gradient(), problem, priors=priors, is_mixed=True)
     problem = why_outside(uses[0], graph.parameters[name].constraint)
@@ -140,7 +142,7 @@ def _in_closed_form(found: Appearances, uses: Sequence[Use]) -> ParameterUpdate:
     kinds = {graph.groups[p.group].distribution for p in priors}
     with_prior = ", with a prior: " + ", ".join(sorted(kinds)) if kinds else ""
     reason = f"{shown_places(graph, uses)} ({uses[0].rule.kind.value}){with_prior}"
-    return ParameterUpdate(name, ClosedForm(), reason, tuple(uses), priors=priors)
+    return ParameterUpdate(name, _PLAIN, reason, tuple(uses), priors=priors)
 
 
 def _with(graph: FactorGraph, priors: Sequence[Prior]) -> str:
