@@ -44,6 +44,10 @@ class ParameterCapture(Messenger):
         log: Where the run is noted. What becomes of a parameter before the model has it is not.
         begins: Whether parameters get their first values on the side: the model does the same as in
             later runs.
+
+    Attributes:
+        aside: A block whose operations are none of the model's.
+        handed_out: Values that were handed out before Pyro looked for any, and are noted.
     """
 
     def __init__(
@@ -58,12 +62,12 @@ class ParameterCapture(Messenger):
         self.values = values
         self.hand_out = hand_out
         self.log, self.begins = log, begins
-        self._aside = self.quietly()
+        self.aside = self._quietly()
         self.look_at_initial_shape = look_at_initial_shape
         self.given: dict[str, Any] = {}
         self.parameters: dict[str, TracedParameter] = {}
         self._starts: dict[str, torch.Tensor] = {}
-        self._read_here: dict[str, torch.Tensor] = {}
+        self.handed_out: dict[str, torch.Tensor] = {}
         self._constraints: dict[str, constraints.Constraint] = {}
 
     def _process_message(self, msg: Any) -> None:
@@ -71,13 +75,13 @@ class ParameterCapture(Messenger):
             self.before(msg)
 
     def _postprocess_message(self, msg: Any) -> None:
-        if msg["type"] == "param":
+        if msg["type"] == "param" and self.handed_out.get(msg["name"]) is not msg["value"]:
             self.after(msg)
 
     def before(self, msg: Any) -> None:
         """Give the message of a parameter its value, where it is one of the param store."""
         store = pyro.get_param_store()
-        with self._aside:
+        with self.aside:
             if msg["name"] not in store:
                 self._note_start(msg)
                 _start_apart(msg)
@@ -100,8 +104,7 @@ class ParameterCapture(Messenger):
         if self.log is not None:
             self.log.give(own, name)
 
-    def quietly(self) -> AbstractContextManager[None]:
-        """A block whose operations are none of the model's."""
+    def _quietly(self) -> AbstractContextManager[None]:
         if isinstance(self.log, CallLog):
             return self.log.aside()
         return nullcontext() if self.log is None else Unwatched(self.log)
@@ -126,8 +129,9 @@ class ParameterCapture(Messenger):
             if self.log is not None:
                 self.log.know(value, name)
         value.unconstrained = ref(own)  # type: ignore[attr-defined]
-        self._read_here[name] = value
+        self.handed_out[name] = value
         msg["value"], msg["done"] = value, True
+        self.after(msg)
 
     def _note_start(self, msg: dict[str, Any]) -> None:
         """Note the initial value of a parameter that this run initialises."""
@@ -181,7 +185,7 @@ class ParameterCapture(Messenger):
                 leaf = value
             elif self.values is not None and name in self.values:
                 leaf = self.values[name]
-            elif value is self._read_here.get(name):
+            elif value is self.handed_out.get(name):
                 leaf = value
             else:
                 leaf = value.detach().clone().requires_grad_(value.is_floating_point())

@@ -57,6 +57,11 @@ class LeanTrace(TraceMessenger):
         self.capture = capture
         self._silenced: list[MarkovMessenger] = []
 
+    def follow(self, model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Run a model, and trace what it does."""
+        with self:
+            model(*args, **kwargs)
+
     def _process_message(self, msg: Any) -> None:
         if msg["type"] == "param":
             if self.capture is not None:
@@ -81,8 +86,9 @@ class LeanTrace(TraceMessenger):
         name, nodes = msg["name"], self.trace.nodes
         if msg["type"] != "sample" or msg["infer"].get("_do_not_trace") or name in nodes:
             super()._postprocess_message(msg)
-            if msg["type"] == "param" and self.capture is not None:
-                self.capture.after(msg)
+            capture = self.capture if msg["type"] == "param" else None
+            if capture is not None and capture.handed_out.get(name) is not msg["value"]:
+                capture.after(msg)
         else:
             nodes[name] = msg.copy()
 

@@ -241,11 +241,10 @@ def _plain_run(
         LeftWhole(),
         torch.enable_grad(),
         pyro.validation_enabled(validated),
-        tracer,
         sparing as tracer.at_large,
     ):
         try:
-            model(*args, **kwargs)
+            tracer.follow(model, args, kwargs)
         except PyroEMError:
             raise  # the model calls this library, which has said what is wrong
         except Exception as error:
@@ -279,6 +278,7 @@ def provenance_run(
     mixing = Mixing(
         {n: sizes for n, sizes in in_plates.items() if drawn or not is_smooth(latents[n]["fn"])}
     )
+    tracer = TaggingTrace({n: s["value"] for n, s in latents.items()}, capture)
     with (
         LeftWhole(),
         plain.shadows or nullcontext(),
@@ -286,9 +286,8 @@ def provenance_run(
         torch.no_grad(),
         pyro.validation_enabled(False),
         looking_at(mixing),
-        TaggingTrace({n: s["value"] for n, s in latents.items()}, capture) as tracer,
     ):
-        model(*args, **kwargs)
+        tracer.follow(model, args, kwargs)
     sites = dict(tracer.trace.nodes)
     return Run(
         sites,
@@ -386,7 +385,7 @@ def enumerated_run(
     begins = begin is not None
     capture = ParameterCapture(values, begins, hand_out=not attached, log=log, begins=begins)
     tracer = EnumTrace(-1 - max_plate_nesting, latents, kept, capture)
-    tracer.met, tracer.aside = met, capture.quietly()
+    tracer.met, tracer.aside = met, capture.aside
     tracer.made = None if log is None else log.make
     if begin is not None:
         tracer.draws, keep_random_state = tracer.aside, begin.keep_random_state
@@ -397,19 +396,21 @@ def enumerated_run(
         torch.enable_grad(),
         pyro.validation_enabled(False),
         dist.validation_enabled(validated),
-        tracer,
     ):
         if random_seed is not None:
             seed_generators(random_seed)
-        if limit is None:
-            model(*args, **kwargs)
-        else:
-            calls = log if isinstance(log, CallLog) else None
-            with calls.noting(limit) if calls is not None else size_guard(limit, reading):
-                model(*args, **kwargs)
+        with _within(limit, reading):
+            tracer.follow(model, args, kwargs)
     settle([p.unconstrained for p in capture.parameters.values()])
     cleared = before is not None and was_cleared(before)
     return Run(dict(tracer.trace.nodes), capture.parameters, cleared=cleared)
+
+
+def _within(limit: int | None, reading: Callable[..., Any] | None) -> AbstractContextManager[Any]:
+    """A block whose operations are held to a limit, and noted where somebody reads them."""
+    if limit is None:
+        return nullcontext()
+    return reading.noting(limit) if isinstance(reading, CallLog) else size_guard(limit, reading)
 
 
 def is_of_validation(error: Exception) -> bool:
