@@ -295,6 +295,11 @@ _SURELY: Mapping[type, Callable[[Tensor], bool]] = {
 }
 
 
+def are_finite(values: Iterable[Tensor]) -> bool:
+    """Whether all of some tensors of real numbers are finite (`is_finite`)."""
+    return all(map(is_finite, values))
+
+
 def is_finite(value: Tensor) -> bool:
     """Whether all of a tensor of real numbers is finite; of a large one the sum says so at once.
 

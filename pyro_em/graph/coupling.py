@@ -262,15 +262,17 @@ def _moved_elsewhere(
 
 def counted_cells(site: Mapping[str, Any]) -> Tensor | None:
     """Where an observed site counts: what is masked may be anything. None where all of it does."""
-    mask = mask_tensor(site)
-    return mask if site["is_observed"] and isinstance(mask, Tensor) else None
+    mask = mask_tensor(site) if site["is_observed"] else None
+    return mask if isinstance(mask, Tensor) else None
 
 
 def parts_of(site: Mapping[str, Any]) -> list[tuple[str, Tensor, int]]:
     """What the density of a site is made of: (name, tensor, its rightmost event dimensions)."""
     fn, value = site["fn"], site["value"]
-    base, reinterpreted, _ = unwrap(fn)
-    family, mask = REGISTRY.get(type(base)), element_mask(fn, site["mask"])
+    base, reinterpreted, wrapping = unwrap(fn)
+    family = REGISTRY.get(type(base))
+    is_masked = site["mask"] is not None or bool(wrapping)
+    mask = element_mask(fn, site["mask"]) if is_masked else None
     stated = None if family is not None else stated_arguments(base)
     out: list[tuple[str, Tensor, int]] = []
     if family is not None:

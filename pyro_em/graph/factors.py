@@ -275,6 +275,11 @@ class Group:
         """The arguments and the members' values at parameter values."""
         return self.evaluate_arguments(values), self.evaluate_value(values)
 
+    def thin_at(self, values: Mapping[str, Tensor]) -> tuple[Group, dict[str, Tensor], Tensor]:
+        """The `thin` group, with its arguments and values at parameter values."""
+        thin = self.thin()
+        return thin, *thin.evaluated(values)
+
     def log_density_at(self, values: Mapping[str, Tensor]) -> Tensor:
         """log p of every cell at parameter values, through the bindings. # (members, *sizes)"""
         return self.log_density(*self.evaluated(values))
@@ -409,6 +414,11 @@ class FactorGraph:
             if isinstance(group.members, Members) and site in group.members:
                 return group, group.members.index(site)
         return self._places[site]
+
+    def thin_group_of(self, site: str) -> tuple[Group, int]:
+        """The `thin` group that holds a site, and the site's place in it."""
+        group, place = self.group_of(site)
+        return group.thin(), place
 
     @property
     def _whole(self) -> list[Group]:

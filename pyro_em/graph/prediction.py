@@ -37,8 +37,7 @@ def disagreements(
     for g, group in enumerate(graph.groups):
         apart = _moved(group) if g in moved else frozenset[str]()
         still = _unmoved(group) if exactly else frozenset[str]()
-        thin = group.thin()
-        arguments, at = thin.evaluated(values)
+        thin, arguments, at = group.thin_at(values)
         if _agrees(thin, _as_given(thin, arguments), at, fresh, still, apart):
             continue
         arguments, at = group.evaluated(values)
@@ -84,8 +83,7 @@ def _agrees(
     apart: frozenset[str],
 ) -> bool:
     """Whether all members are traced as predicted; False where it takes a look at each of them."""
-    other, first = fresh.group_of(group.members[0])
-    other = other.thin()
+    other, first = fresh.thin_group_of(group.members[0])
     own = slice(first, first + len(group.members))
     if other.members[own] != group.members or group.raw is not None or other.raw is not None:
         return False

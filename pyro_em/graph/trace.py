@@ -35,7 +35,7 @@ from pyro_em.tracing.loops import NotVectorized, vectorizing
 from pyro_em.tracing.missing import missing_of
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.runs import Begin, Model, Run
-from pyro_em.tracing.sites import Role, factors_in, frames_of, mask_tensor
+from pyro_em.tracing.sites import Role, factors_in, mask_tensor
 
 
 @fewer_collections()
@@ -343,7 +343,9 @@ def _require_sizes(
             if key in seen:
                 continue
             seen.add(key)
-        for frame in frames_of(site).values():
+        for frame in site["cond_indep_stack"]:
+            if frame.dim is None:
+                continue
             known = structure.plates.get(frame.name)
             if known is None or known.size == frame.size:
                 continue

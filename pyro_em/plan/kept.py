@@ -184,7 +184,7 @@ class Readings(StaysHere):
 
     def _noted(self, task: Task, kept: Kept, program: Program) -> Program:
         """The program, after it and what a later run has found are remembered."""
-        if not task.look_only:
+        if not (task.look_only or program.is_known):  # whose bindings are those that are kept
             bindings = bindings_of(program.graph) if program.compiled else None
             kept = replace(kept, bindings=bindings)
         self._of(task.model)[_form(task)] = kept

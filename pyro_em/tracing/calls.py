@@ -189,7 +189,7 @@ class CallLog(OperationLog):
             noted += tuple([(k, self._other(v)) for k, v in kwargs.items()])
             out = type.__call__(cls, *args, **kwargs)
             self.entries.append(noted)
-            self._parts([*tensors_made(out)])
+            self._parts(tensors_made(out))
             return out
         finally:
             _push_mode(mode)

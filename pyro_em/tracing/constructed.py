@@ -7,7 +7,7 @@ known by that note, tensor for tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pyro.distributions.distribution import COERCIONS
@@ -49,13 +49,15 @@ def _is_of_a_library(cls: type, made_by: Any) -> bool:
     )
 
 
-def tensors_made(fn: Any) -> Iterator[Tensor]:
+def tensors_made(fn: Any) -> list[Tensor]:
     """The tensors that a distribution holds, in the order in which it got them."""
+    out: list[Tensor] = []
     for value in vars(fn).values():
         if isinstance(value, Tensor):
-            yield value
+            out.append(value)
         elif isinstance(value, Distribution):
-            yield from tensors_made(value)
+            out += tensors_made(value)
+    return out
 
 
 def begin_constructing(construct: Construct) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em.distributions import is_finite
+from pyro_em.distributions import are_finite, is_finite
 from pyro_em.errors import Finding, warn
 from pyro_em.tracing.parameters import TracedParameter
 
@@ -25,6 +25,11 @@ _ROUNDING = 1e-6  # of probabilities
 
 def start_problems(parameters: Mapping[str, TracedParameter]) -> dict[str, Finding]:
     """What is wrong with initial values (`start_problem`), by the names of their parameters."""
+    begun = [p for p in parameters.values() if p.initial is not None]
+    if not any(p.unconstrained.is_meta for p in parameters.values()) and are_finite(
+        t for p in begun for t in (p.initial, p.unconstrained) if t is not None
+    ):
+        return {}  # nearly always
     found = {name: start_problem(p) for name, p in parameters.items()}
     return {name: problem for name, problem in found.items() if problem is not None}
 

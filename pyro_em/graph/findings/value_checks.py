@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em.distributions import broadcast_shape, element_mask, is_finite, is_real, unwrap
+from pyro_em.distributions import (
+    are_finite,
+    broadcast_shape,
+    element_mask,
+    is_finite,
+    is_real,
+    unwrap,
+)
 from pyro_em.errors import DataError, Finding
 from pyro_em.graph.failing.blame import same_tensor
 from pyro_em.graph.failing.failing_words import CONVERTED_NAN, NAN_CONVERTED, OF_COORDINATES
@@ -32,6 +39,7 @@ def parameter_problems(run: Run, starts: Mapping[str, Finding] | None = None) ->
         starts: What is wrong with their initial values, where that has been looked at.
     """
     starts = start_problems(run.parameters) if starts is None else starts
+    are_sound = are_finite([p.leaf for name, p in run.parameters.items() if name not in starts])
     problems = []
     for p in run.parameters.values():
         where = f"parameter '{p.name}'"
@@ -81,7 +89,7 @@ def parameter_problems(run: Run, starts: Mapping[str, Finding] | None = None) ->
             )
         if p.name in starts:
             problems.append(starts[p.name])
-        elif not is_finite(value):
+        elif not are_sound and not is_finite(value):
             problems.append(
                 Finding(
                     where,
