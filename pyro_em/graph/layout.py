@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.distributions import bases_of, element_mask, split_mask, unexpanded, unwrap
-from pyro_em.errors import Finding
+from pyro_em.errors import Finding, raise_findings
 from pyro_em.families.family import Family
 from pyro_em.families.registry import (
     REGISTRY,
@@ -25,6 +24,7 @@ from pyro_em.graph.bindings.binding import Binding
 from pyro_em.graph.bindings.signatures import Recurring, outline
 from pyro_em.graph.bindings.useful import useful_for
 from pyro_em.graph.compact import (
+    Stray,
     compact,
     compact_all,
     compacted,
@@ -33,7 +33,7 @@ from pyro_em.graph.compact import (
     recipe_for,
 )
 from pyro_em.graph.factors import Latent
-from pyro_em.graph.forms import FEW, equal_to_first
+from pyro_em.graph.forms import FEW, equal_to_first, in_forms
 from pyro_em.graph.stacking import Batch, Factor, repeated
 from pyro_em.graph.structure import SiteInfo, Structure
 from pyro_em.graph.unrecorded import log_density_of_site
@@ -124,10 +124,57 @@ class FactorLayout:
         self._places[name] = scope, [*(p.dim for p in plates), *own], sizes
         return self._places[name]
 
-    def kinds(self, forms: Mapping[str, Hashable]) -> dict[str, Hashable]:
+    def _kinds(self, forms: Mapping[str, Hashable]) -> dict[str, Hashable]:
         """What sites must share to be laid out together: their form, and their dimensions."""
         places = ((name, form, self.place(name)) for name, form in forms.items())
         return {name: (form, tuple(p[1]), tuple(p[2])) for name, form, p in places}
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether a latent is masked: what is counted there depends on each site below it."""
+        return any(self.sites[name]["mask"] is not None for name in self.structure.latents)
+
+    def pieces(
+        self,
+        names: Sequence[str],
+        forms: Mapping[str, Hashable | None],
+        leaves: Mapping[str, Tensor] | None,
+        few: float,
+    ) -> list[Factor | Batch]:
+        """The factors of all sites, those of equal form together where that is plain.
+
+        Args:
+            names: The sites.
+            forms: Theirs.
+            leaves: The leaf tensor of each parameter; None where bindings are not read.
+            few: How many sites of one form are laid out together at least.
+
+        Raises:
+            ModelError: If a tensor has a dimension that belongs to no plate and no latent.
+        """
+        out: list[Factor | Batch] = []
+        alone = set(names)
+        if len(names) >= few and not self.is_masked:
+            alike = [n for n in names if forms[n] is not None and n not in self.structure.lines]
+            for own in in_forms(self._kinds({n: forms[n] for n in alike})):
+                if len(own) < few:
+                    continue
+                try:
+                    found, rest = self.batches(own, leaves)
+                except Stray:
+                    continue  # named below
+                out += found
+                alone -= set(own) - set(rest)
+        for name in names:
+            if name not in alone:
+                continue
+            try:
+                out.append(self.factor(name, leaves))
+            except Stray as stray:
+                self.problems.append(_stray(name, self.structure, *stray.args))
+        if self.problems:
+            raise_findings(self.problems)
+        return out
 
     def batches(
         self, names: Sequence[str], leaves: Mapping[str, Tensor] | None
@@ -327,50 +374,6 @@ class FactorLayout:
             for name in known_below(tensor, leaves)
         )
 
-    def find_out_of_scope(self, names: Sequence[str]) -> None:
-        """Note every latent that a site reads outside the latent's markov scope."""
-        for name in names:
-            self._find_out_of_scope(name)
-
-    def _find_out_of_scope(self, name: str) -> None:
-        site = self.sites[name]
-        visible = site["infer"].get("_dim_to_id", {}).values()
-        for latent in self.structure.sites[name].scope:
-            if self.id_of[latent] in visible or self.size_of[latent] == 1:
-                continue
-            shown = set(visible)
-            if site["infer"].get("_markov_scope") is None:
-                fixes: tuple[str, ...] = (
-                    f"move site '{name}' into the loop, beside '{latent}'",
-                    "replace pyro.markov(range(T), history=...) by range(T) if T is small",
-                )
-            else:
-                fixes = (
-                    "raise history= of the pyro.markov that holds them to the number of steps "
-                    f"between them: pyro.markov(range(T), history={self._lag(latent, shown)})",
-                    f"read '{latent}' only in steps within its history",
-                )
-            self.problems.append(
-                Finding(
-                    f"site '{name}'",
-                    f"it uses latent '{latent}' outside that latent's pyro.markov scope.",
-                    "the latent's dimension is reused by then, and Pyro would compute a wrong "
-                    "density in silence",
-                    fixes,
-                    latents=(latent,),
-                )
-            )
-
-    def _lag(self, latent: str, shown: set[int]) -> int:
-        """Steps between a latent and the latest one of its kind that is visible."""
-
-        def stem(name: str) -> str:
-            return re.sub(r"\d+", "#", name)
-
-        kind = [n for n in self.structure.latents if stem(n) == stem(latent)]
-        visible = [i for i, n in enumerate(kind) if self.id_of[n] in shown]
-        return max(2, max(visible, default=0) - kind.index(latent))
-
     def _scope(
         self, info: SiteInfo, visible: Mapping[int, int], fn: Any, value: Tensor
     ) -> tuple[str, ...]:
@@ -403,6 +406,21 @@ class FactorLayout:
         if elements is not None:
             elements = compact(elements, unwrap(site["fn"])[1], dims)
         return mask, elements
+
+
+def _stray(name: str, structure: Structure, shape: tuple[int, ...], size: int) -> Finding:
+    return Finding(
+        f"site '{name}'",
+        f"with latents enumerated, one of its tensors has shape {shape}; its dimension "
+        f"of size {size} belongs to no plate and no latent of the site.",
+        "an enumerated value has its own dimension on the left of all plates",
+        (
+            "align other tensors with the plates on the right: avoid unsqueeze(-1) and "
+            "reshape on a latent's value",
+            "wrap the site in a pyro.plate, or use .to_event",
+        ),
+        latents=tuple(n for n in structure.sites[name].scope if n in structure.latents),
+    )
 
 
 def _typed(value: Tensor, arguments: Mapping[str, Tensor], family: Family) -> Tensor:

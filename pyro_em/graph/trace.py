@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 from math import inf
@@ -14,14 +15,13 @@ from pyro_em.distributions import is_outside
 from pyro_em.errors import DegenerateError, Finding, ModelError, PyroEMError, raise_findings
 from pyro_em.graph.bindings.shared_distributions import SharedDistributions
 from pyro_em.graph.bindings.signatures import KeptSelections, Recurring
-from pyro_em.graph.compact import Stray
 from pyro_em.graph.diagonals import with_diagonals
 from pyro_em.graph.enumerated import more_than_torch_has, run_enumerated
 from pyro_em.graph.factors import FIXED_SIZE, FactorGraph, Latent
 from pyro_em.graph.failing.failures import changing_sites
 from pyro_em.graph.findings.another_model import require_same
 from pyro_em.graph.findings.side_effects import refuse_clearing
-from pyro_em.graph.forms import FEW, forms_of, in_forms
+from pyro_em.graph.forms import FEW, forms_of
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.many_rows.by_rows import Sites, by_rows
 from pyro_em.graph.many_rows.slices import Slices, on_rows_of
@@ -217,72 +217,62 @@ def _traced(
     leaves = {name: p.leaf for name, p in run.parameters.items()}
     layout = FactorLayout(sites, structure, Recurring(leaves, kept), detached)
     counted = [n for n in structure.sites if n not in structure.passing]
-    layout.find_out_of_scope(counted)
-    if layout.problems:
-        raise_findings(layout.problems)
+    problems = _out_of_scope(layout, counted)
+    if problems:
+        raise_findings(problems)
     if looked is not None:
         require_same(model, args, kwargs, sites, structure, looked, forms, parts)
     if values is None:  # not at a trial point
         _require_inside(sites, structure)
-    if only is not None and not _is_masked(layout):
+    if only is not None and not layout.is_masked:
         counted = [n for n in counted if n in only]
-    pieces = _pieces(layout, counted, forms, leaves if with_bindings else None, few)
+    pieces = layout.pieces(counted, forms, leaves if with_bindings else None, few)
     return pieces, layout.latents(forms), run
 
 
-def _pieces(
-    layout: FactorLayout,
-    counted: Sequence[str],
-    forms: Mapping[str, Hashable | None],
-    leaves: Mapping[str, Tensor] | None,
-    few: float,
-) -> list[Factor | Batch]:
-    """All factors in the compact layout, those of equal form together where that is plain."""
-    structure = layout.structure
-    out: list[Factor | Batch] = []
-    alone = set(counted)
-    if len(counted) >= few and not _is_masked(layout):
-        alike = [n for n in counted if forms[n] is not None and n not in structure.lines]
-        kinds = layout.kinds({n: forms[n] for n in alike})
-        for names in in_forms(kinds):
-            if len(names) < few:
-                continue
-            try:
-                found, rest = layout.batches(names, leaves)
-            except Stray:
-                continue  # named below
-            out += found
-            alone -= set(names) - set(rest)
-    for name in counted:
-        if name not in alone:
-            continue
-        try:
-            out.append(layout.factor(name, leaves))
-        except Stray as stray:
-            layout.problems.append(_stray(name, structure, *stray.args))
-    if layout.problems:
-        raise_findings(layout.problems)
-    return out
+def _out_of_scope(layout: FactorLayout, names: Sequence[str]) -> list[Finding]:
+    """Every latent that a site reads outside the latent's markov scope."""
+    found = []
+    for name in names:
+        site = layout.sites[name]
+        visible = site["infer"].get("_dim_to_id", {}).values()
+        for latent in layout.structure.sites[name].scope:
+            if layout.id_of[latent] not in visible and layout.size_of[latent] != 1:
+                found.append(_outside(layout, name, latent, set(visible)))
+    return found
 
 
-def _is_masked(layout: FactorLayout) -> bool:
-    """Whether a latent is masked: what is counted there depends on each site below it."""
-    return any(layout.sites[name]["mask"] is not None for name in layout.structure.latents)
-
-
-def _stray(name: str, structure: Structure, shape: tuple[int, ...], size: int) -> Finding:
+def _outside(layout: FactorLayout, name: str, latent: str, shown: set[int]) -> Finding:
+    """The finding on a latent that a site reads outside its markov scope."""
+    if layout.sites[name]["infer"].get("_markov_scope") is None:
+        fixes: tuple[str, ...] = (
+            f"move site '{name}' into the loop, beside '{latent}'",
+            "replace pyro.markov(range(T), history=...) by range(T) if T is small",
+        )
+    else:
+        fixes = (
+            "raise history= of the pyro.markov that holds them to the number of steps "
+            f"between them: pyro.markov(range(T), history={_lag(layout, latent, shown)})",
+            f"read '{latent}' only in steps within its history",
+        )
     return Finding(
         f"site '{name}'",
-        f"with latents enumerated, one of its tensors has shape {shape}; its dimension "
-        f"of size {size} belongs to no plate and no latent of the site.",
-        "an enumerated value has its own dimension on the left of all plates",
-        (
-            "align other tensors with the plates on the right: avoid unsqueeze(-1) and "
-            "reshape on a latent's value",
-            "wrap the site in a pyro.plate, or use .to_event",
-        ),
-        latents=tuple(n for n in structure.sites[name].scope if n in structure.latents),
+        f"it uses latent '{latent}' outside that latent's pyro.markov scope.",
+        "the latent's dimension is reused by then, and Pyro would compute a wrong density in silence",
+        fixes,
+        latents=(latent,),
     )
+
+
+def _lag(layout: FactorLayout, latent: str, shown: set[int]) -> int:
+    """Steps between a latent and the latest one of its kind that is visible."""
+
+    def stem(name: str) -> str:
+        return re.sub(r"\d+", "#", name)
+
+    kind = [n for n in layout.structure.latents if stem(n) == stem(latent)]
+    visible = [i for i, n in enumerate(kind) if layout.id_of[n] in shown]
+    return max(2, max(visible, default=0) - kind.index(latent))
 
 
 def noted_run(

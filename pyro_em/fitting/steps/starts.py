@@ -96,13 +96,14 @@ def _taken_up(em: Guarded, run: EMRun) -> bool:
 def _set_out(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r: int) -> EMRun:
     """The first parameters of a start and the E-step at them; without it, the status says why."""
     em.start_over()
-    graph = em.program.graph
+    program = em.program
+    graph = program.graph
     run = EMRun(snapshot(graph.parameters), name=name_of_start(init))
     if init is not None:
         run.initial_values = values_of(graph.parameters)
     try:
         beginning.write_for_all(init)
-        apply_floors(graph, em.program.updates)
+        apply_floors(graph, program.updates)
         at = em.e_step()
     except (DegenerateError, DataError) as error:
         if r == 0:

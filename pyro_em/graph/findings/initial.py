@@ -27,7 +27,7 @@ def start_problems(parameters: Mapping[str, TracedParameter]) -> dict[str, Findi
     """What is wrong with initial values (`start_problem`), by the names of their parameters."""
     begun = [p for p in parameters.values() if p.initial is not None]
     if not any(p.unconstrained.is_meta for p in parameters.values()) and are_finite(
-        t for p in begun for t in (p.initial, p.unconstrained) if t is not None
+        [t for p in begun for t in (p.initial, p.unconstrained) if t is not None]
     ):
         return {}  # nearly always
     found = {name: start_problem(p) for name, p in parameters.items()}

@@ -80,7 +80,8 @@ class SiteFindings:
             if not self.guide_given:
                 among = [c.problem() for c in self.coupled.get(name, ()) if c.part]
                 found.extend(no_route or among)
-        elif role_of(site) is Role.DATA:
+        role = role_of(site)
+        if not unobserved and role is Role.DATA:
             found.extend(self._of_data(name, site))
         if self.missing:
             found.extend(input_problems(site))
@@ -99,7 +100,7 @@ class SiteFindings:
             tuple(ordered),
             support_size_of(site["fn"]) if unobserved and has_route else None,
             len(site["fn"].batch_shape),
-            role_of(site),
+            role,
             is_discrete(site["fn"]),
             tuple(f.name for f in site["cond_indep_stack"]),
             {f.name: f.counter for f in site["cond_indep_stack"] if f.dim is None},
