@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 from pyro_em.errors import DataError, Finding, PyroEMError, as_error
 from pyro_em.fitting.results.result import EMResult
 from pyro_em.plan.plan import Plan
-from pyro_em.sources.given import Given, arguments_read, holds_arrays, reads_as_it_is
+from pyro_em.sources.given import Given, arguments_read, hold_arrays, reads_as_it_is
 from pyro_em.tracing.sites import signature_of
 
 P = ParamSpec("P")
@@ -37,7 +37,7 @@ def from_arrays(method: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(method)
     def inside(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not any(map(holds_arrays, (*args[lead:], *kwargs.values()))):
+        if not hold_arrays((*args[lead:], *kwargs.values())):
             return method(*args, **kwargs)
         em: Any = args[0]
         given = Given(em._session.tensors_given)

@@ -22,7 +22,6 @@ from pyro_em.distributions import unwrap
 from pyro_em.families.chunks import log_density
 from pyro_em.families.family import Family
 from pyro_em.graph.bindings.binding import Binding
-from pyro_em.graph.bindings.signatures import Recurring
 from pyro_em.graph.compact import Recipe, compacted, recipe_for
 from pyro_em.graph.factors import FactorGraph, Group, Latent
 from pyro_em.graph.layout import FactorLayout
@@ -275,7 +274,7 @@ class LaidOut:
         if odd or any(len(g.members) != 1 or g.family is None for g in graph.groups):
             return None
         sites = {n: s for n, s in run.sites.items() if n in structure.sites}
-        layout = FactorLayout(sites, structure, Recurring({}))
+        layout = FactorLayout(sites, structure)
         groups = [SiteAsGroup.found(g, sites[g.members[0]], layout) for g in graph.groups]
         known = tuple(g for g in groups if g is not None)
         if len(known) < len(groups):

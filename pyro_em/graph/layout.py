@@ -50,7 +50,7 @@ class FactorLayout:
     Args:
         sites: As a run traced them.
         structure: The skeleton.
-        bindings: Reads how parameters reach arguments.
+        bindings: Reads how parameters reach arguments; None where nobody asks.
         detached: Whether only the numbers of arguments and densities are of interest.
     """
 
@@ -58,7 +58,7 @@ class FactorLayout:
         self,
         sites: Mapping[str, dict[str, Any]],
         structure: Structure,
-        bindings: Recurring,
+        bindings: Recurring | None = None,
         detached: bool = False,
     ) -> None:
         self.sites, self.detached = sites, detached
@@ -326,7 +326,7 @@ class FactorLayout:
                     arguments[arg], bindings[arg] = kept, Binding("opaque", (), kept)
                     continue
                 arguments[arg] = kept
-                if leaves is None:
+                if leaves is None or self.bindings is None:
                     bindings[arg] = Binding("opaque", (), kept.detach())
                     continue
                 bindings[arg] = self.bindings.bind(

@@ -31,6 +31,7 @@ from pyro_em.graph.unrecorded import outside_support
 from pyro_em.graph.vectorised_loops.unrolled import unrolled_graph
 from pyro_em.tracing.freed import return_freed_memory
 from pyro_em.tracing.garbage import fewer_collections
+from pyro_em.tracing.given import GivenConjugates
 from pyro_em.tracing.loops import NotVectorized, vectorizing
 from pyro_em.tracing.missing import missing_of
 from pyro_em.tracing.operations import OperationLog
@@ -88,7 +89,8 @@ def trace_graph(
             ``pyro.markov`` scope, or is another model when they are enumerated.
         NotVectorized: If a loop cannot be run over index tensors when it is first looked at.
     """
-    model = on_rows_of(model, structure)
+    if isinstance(model, GivenConjugates):
+        model = on_rows_of(model, structure)
     how: dict[str, Any] = {
         "limit": limit,
         "values": values,
@@ -215,7 +217,8 @@ def _traced(
         log.forms = forms
     _require_sizes(sites, structure, forms)
     leaves = {name: p.leaf for name, p in run.parameters.items()}
-    layout = FactorLayout(sites, structure, Recurring(leaves, kept), detached)
+    bindings = Recurring(leaves, kept) if with_bindings else None
+    layout = FactorLayout(sites, structure, bindings, detached)
     counted = [n for n in structure.sites if n not in structure.passing]
     problems = _out_of_scope(layout, counted)
     if problems:

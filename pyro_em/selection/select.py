@@ -15,7 +15,7 @@ from pyro_em.selection.candidates import Grid, Key
 from pyro_em.selection.criteria import criterion_of
 from pyro_em.selection.fits import Fits, Outcome, folded, total
 from pyro_em.selection.selection import Selection, row_of
-from pyro_em.sources.given import Given, holds_arrays
+from pyro_em.sources.given import Given, hold_arrays
 from pyro_em.tracing.turns import alone
 
 
@@ -114,7 +114,7 @@ def select(
 
 def _as_tensors(grid: Grid, keys: list[Key], data: tuple) -> tuple:
     """The data with arrays and tables as tensors, for the first candidate that can be made."""
-    for key in keys if any(map(holds_arrays, data)) else ():
+    for key in keys if hold_arrays(data) else ():
         try:
             model = grid.made(key).model
         except Exception:  # a row of the table says so

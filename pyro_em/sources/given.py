@@ -8,7 +8,7 @@ their codes. What has no numbers is refused with the line that converts it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,13 +103,17 @@ class Given:
         )
 
 
-def holds_arrays(value: Any, depth: int = _DEPTH) -> bool:
-    """Whether a value is an array or a table, or a container that holds one.
+def hold_arrays(values: Iterable[Any]) -> bool:
+    """Whether any of some values is an array or a table, or a container that holds one.
 
     Example:
-        >>> holds_arrays(np.zeros(2)), holds_arrays({"a": [np.zeros(2)]}), holds_arrays([1, 2])
+        >>> hold_arrays([3, np.zeros(2)]), hold_arrays([{"a": [np.zeros(2)]}]), hold_arrays([1, [2]])
         (True, True, False)
     """
+    return any(map(_holds_arrays, values))
+
+
+def _holds_arrays(value: Any, depth: int = _DEPTH) -> bool:
     if isinstance(value, (Tensor, int, float, str, bool, type(None))):
         return False
     if isinstance(value, np.ndarray) or is_table(value):
@@ -117,7 +121,7 @@ def holds_arrays(value: Any, depth: int = _DEPTH) -> bool:
     if not depth or type(value) not in (dict, list, tuple) or len(value) > _MANY:
         return False
     return any(
-        holds_arrays(v, depth - 1) for v in (value.values() if type(value) is dict else value)
+        _holds_arrays(v, depth - 1) for v in (value.values() if type(value) is dict else value)
     )
 
 

@@ -24,7 +24,6 @@ from pyro_em.families.registry import family_of, given_arguments
 from pyro_em.graph.bindings.autograd import bind, known_below
 from pyro_em.graph.bindings.linearity import Breaks
 from pyro_em.graph.bindings.named_leaves import NamedLeaves
-from pyro_em.graph.bindings.signatures import Recurring
 from pyro_em.graph.bindings.sparse_lines import forward_of, numbers_read
 from pyro_em.graph.bindings.useful import Useful
 from pyro_em.graph.compact import compact
@@ -70,7 +69,7 @@ def read_conjugates(
         for latent, how in breaks.found.items():
             what = f"it changes with '{latent}' outside autograd ({how})."
             raise refused(latent, "model", what)
-        layout = FactorLayout(run.sites, structure.as_run, Recurring({}))
+        layout = FactorLayout(run.sites, structure.as_run)
         out = {}
         for name in structure.as_run.sites:
             found = _read_of(name, run, values, kernels, layout)
@@ -103,7 +102,7 @@ def differing_reads(
     with torch.no_grad():
         one = seen or given.run(pairs[0], at)
         two = given.run(random, at)
-        layout = FactorLayout(one.sites, structure.as_run, Recurring({}))
+        layout = FactorLayout(one.sites, structure.as_run)
         off = []
         for name in structure.as_run.sites:
             read = reads.get(name)

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from pyro_em.errors import ModelError, message, sites_in_words
 from pyro_em.graph.bindings.binding import Binding
-from pyro_em.graph.bindings.signatures import Recurring
 from pyro_em.graph.bindings.sparse_lines import is_close, random_like
 from pyro_em.graph.gaussian_lines.jacobians import SiteJacobian
 from pyro_em.graph.gaussian_lines.lines import Line, NotLinear, Read
@@ -72,14 +71,12 @@ def drawn_lines(
     structure = replace(
         structure, sites={n: i for n, i in structure.sites.items() if n in run.sites}
     )
-    layout = FactorLayout(run.sites, structure, Recurring({}))
+    layout = FactorLayout(run.sites, structure)
     whole = means_of(runs, values, layout)
     means = [m.narrowed() for m in whole]
     if not _are_followed(means, whole, values, run, sources):
         other = moved()
-        there = means_of(
-            (other, other), values, FactorLayout(other.sites, structure, Recurring({}))
-        )
+        there = means_of((other, other), values, FactorLayout(other.sites, structure))
         means = _with_elements_of(whole, there, values, run)
         if not _are_followed(means, means, values, run, sources):
             raise ModelError(_hidden_element([m.site for m in means if m.reads]))

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from pyro_em.graph.bindings.binding import Binding
-from pyro_em.graph.bindings.signatures import Recurring
 from pyro_em.graph.bindings.sparse_lines import is_close
 from pyro_em.graph.enumerated import run_enumerated
 from pyro_em.graph.factors import FactorGraph
@@ -138,7 +137,7 @@ def offsets_are_as_read(
     layout = None
     if graph.structure.series is not None:
         own = {name: dict(sites[name]) for name in graph.structure.as_run.sites}
-        layout = FactorLayout(own, graph.structure.as_run, Recurring({}))
+        layout = FactorLayout(own, graph.structure.as_run)
     for name, line in lines.items():
         if layout is not None:
             place = SitePlace.of(name, layout)
@@ -175,7 +174,7 @@ def are_as_read(
     with at_moved(structure.parameters, seed=31):
         run = run_enumerated(model.at(values), args, kwargs, structure, limit=None)
         parameters = values_of(run.parameters)
-        layout = FactorLayout(run.sites, structure.as_run, Recurring({}))
+        layout = FactorLayout(run.sites, structure.as_run)
         for name, line in lines.items():
             place = SitePlace.of(name, layout)
             loc = place.loc(run.sites[name])

@@ -229,7 +229,7 @@ def parts_at(
     how: dict[str, Any] = {"limit": None, "values": parameters}
     run = run_enumerated(model.at(values), args, kwargs, structure, **how)
     at_zero = run_enumerated(model, args, kwargs, structure, **how)
-    layout = FactorLayout(run.sites, structure.as_run, Recurring({}))
+    layout = FactorLayout(run.sites, structure.as_run)
     out: dict[str, dict[str, Tensor]] = {}
     for name, line in lines.items():
         place = SitePlace.of(name, layout)
@@ -296,6 +296,6 @@ def differing_lines(
             if run is None:
                 given = model.at(values)
                 run = run_enumerated(given, args, kwargs, structure, limit=None, values=at)
-            layout = FactorLayout(run.sites, structure.as_run, Recurring({}))
+            layout = FactorLayout(run.sites, structure.as_run)
             off.update(dict.fromkeys(unlike(static, layout, parameters, values)))
     return list(off)

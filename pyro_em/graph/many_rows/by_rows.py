@@ -36,6 +36,7 @@ from pyro_em.graph.many_rows.given_rows import (
 from pyro_em.graph.many_rows.row_products import with_row_products
 from pyro_em.graph.many_rows.slices import Slices, on_rows_of
 from pyro_em.graph.structure import Structure
+from pyro_em.tracing.given import GivenConjugates
 from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.runs import Model, held_run
 from pyro_em.tracing.sites import Role
@@ -74,7 +75,7 @@ def by_rows(
     few = slices.spread(_FEW)
     try:
         args, structure = slices.at(few)
-        own = on_rows_of(model, structure)
+        own = on_rows_of(model, structure) if isinstance(model, GivenConjugates) else model
         plain = None if looked is None else _plain(own, args, kwargs, structure, looked, few)
         alone = with_row_products(read(args, structure, plain), slices.plate)
         if not _depends_on_rows(alone, slices.plate, bound):

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.given import GivenConjugates
-from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role
 
 _MANY = 2**21  # cells of all rows from which on slices are worth it
@@ -115,7 +114,7 @@ class Slices:
         return args, replace(self.structure, plates=plates, looked=None)
 
 
-def on_rows_of(model: Model, structure: Structure) -> Model:
+def on_rows_of(model: GivenConjugates, structure: Structure) -> GivenConjugates:
     """A model with as many rows of its conjugate latents as its data have, where these were cut.
 
     Args:
@@ -123,7 +122,7 @@ def on_rows_of(model: Model, structure: Structure) -> Model:
         structure: The skeleton of the model with the data at hand.
     """
     plate = structure.data_plate
-    if plate is None or not isinstance(model, GivenConjugates):
+    if plate is None:
         return model
     sites = {n: structure.sites[n] for n in model.values if n in structure.sites}
     batch_dims = {n: s.batch_dim for n, s in sites.items() if plate in s.plates}
