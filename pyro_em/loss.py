@@ -29,6 +29,7 @@ from pyro_em.plan.wishes import check_draws, check_limits
 from pyro_em.posteriors.continuous.gaussian_components import NotSeparate
 from pyro_em.posteriors.contraction import contract, evidence
 from pyro_em.posteriors.enumeration import contraction_of, e_step, scales_of
+from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.given import AtReferences, references_in, without_values
 from pyro_em.tracing.randomness import random_state
 from pyro_em.tracing.runs import Run
@@ -191,6 +192,7 @@ def _step_by_step(program: Program, args: tuple, kwargs: dict[str, Any]) -> Prog
     return replace(program, model=given, structure=replace(structure, looked=None))
 
 
+@fewer_collections()
 def _attached_graph(program: Program, args: tuple, kwargs: dict[str, Any]) -> FactorGraph:
     """The factors of a model on some arguments, attached to its parameters."""
     runs: list[Run] = []

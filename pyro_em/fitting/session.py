@@ -29,7 +29,6 @@ from pyro_em.plan.request import Request
 from pyro_em.plan.unrouted import Unrouted
 from pyro_em.plan.wishes import check_model_keywords
 from pyro_em.tracing import checkpoint
-from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.missing import WithMissing, has_missing
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.runs import without_state
@@ -85,7 +84,6 @@ class Session:
 
     # ------------------------------------------------------------------ reading
 
-    @fewer_collections()
     def look(
         self, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False
     ) -> Program | Variational:
@@ -110,7 +108,6 @@ class Session:
         found = self.planner.look_at_routes(args, kwargs)
         return found if isinstance(found, Unrouted) else self._noted(found)
 
-    @fewer_collections()
     def look_at_gaps(self, args: tuple, kwargs: dict[str, Any]) -> Program | Variational:
         """As ``look`` for an E-step; NaN in observed values means missing, whatever the user asked for.
 

@@ -30,7 +30,6 @@ from pyro_em.graph.structure import Structure
 from pyro_em.graph.unrecorded import outside_support
 from pyro_em.graph.vectorised_loops.unrolled import unrolled_graph
 from pyro_em.tracing.freed import return_freed_memory
-from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.given import GivenConjugates
 from pyro_em.tracing.loops import NotVectorized, vectorizing
 from pyro_em.tracing.missing import missing_of
@@ -39,7 +38,6 @@ from pyro_em.tracing.runs import Begin, Model, Run
 from pyro_em.tracing.sites import Role, factors_in, mask_tensor
 
 
-@fewer_collections()
 def trace_graph(
     model: Model,
     args: tuple,

@@ -21,14 +21,12 @@ from pyro_em.plan.program import Program
 from pyro_em.plan.task import Task, traced
 from pyro_em.plan.unrouted import Unrouted, are_of_routes, without_route
 from pyro_em.plan.verification import verified
-from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.loops import ALIGNED, EVENTS, PLAIN, NotVectorized
 from pyro_em.tracing.names import names_of
 
 Instead = Callable[[Structure], Program | None]
 
 
-@fewer_collections()
 def build_program(
     task: Task, *, first_look: bool = True, instead: Instead | None = None
 ) -> Program | Unrouted:

@@ -36,6 +36,7 @@ from pyro_em.plan.unrouted import Unrouted, are_of_routes, without_route
 from pyro_em.plan.unused import noting_unused_optimiser, without_unused_strategy
 from pyro_em.plan.weighted import draws_to_weight
 from pyro_em.portable import StaysHere
+from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.missing import has_missing, missing_in
 from pyro_em.tracing.runs import Model
 from pyro_em.updates.update import Update
@@ -107,6 +108,7 @@ class Planner(StaysHere):
             raise found.error
         return found
 
+    @fewer_collections()
     def look_at_routes(
         self, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False
     ) -> Program | Variational | Unrouted:

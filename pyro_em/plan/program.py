@@ -63,6 +63,7 @@ from pyro_em.posteriors.strategies import (
 )
 from pyro_em.reduction.reduction import Whole
 from pyro_em.tracing.dependences import Dependences, changed_since
+from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.given import GivenGaussians, without_values
 from pyro_em.tracing.parameters import values_of, versions_of
 from pyro_em.tracing.runs import Model, Run
@@ -442,6 +443,7 @@ class Program(StaysHere):
             g: torch.stack([by_site[name] for name in self.graph.groups[g].members]) for g in groups
         }
 
+    @fewer_collections()
     def _trace(
         self,
         values: Mapping[str, Tensor] | None = None,

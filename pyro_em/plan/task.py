@@ -18,7 +18,6 @@ from pyro_em.portable import StaysHere
 from pyro_em.posteriors.strategies import EStepStrategy
 from pyro_em.tracing.calls import CallLog
 from pyro_em.tracing.dependences import Reading
-from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.names import tensors_in
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.runs import Begin, Model, Run
@@ -89,7 +88,6 @@ class Task(StaysHere):
         return CallLog(given, reading, OperationLog(given))
 
 
-@fewer_collections()
 def run_of(task: Task, structure: Structure, log: OperationLog) -> Run:
     """An enumerated run, whose operations are noted and held to the budget.
 

@@ -34,6 +34,7 @@ from pyro_em.posteriors.contraction import contract
 from pyro_em.posteriors.enumeration import contraction_of, scales_of
 from pyro_em.posteriors.exact import exact_posterior
 from pyro_em.tracing.densities import add_log_prob, elements_of
+from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.handlers import GuideSites
 from pyro_em.tracing.runs import Run
 from pyro_em.tracing.sites import Role, roles_in
@@ -163,6 +164,7 @@ def summed_draw(
     return _with_scores(tuple(terms), sites, graph, report, drawn.values, weight, chosen)
 
 
+@fewer_collections()
 def drawn_graph(
     laid: Laid,
     args: tuple,
