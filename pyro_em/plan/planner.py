@@ -392,10 +392,11 @@ class Planner(StaysHere):
 
     def _with_components(self, task: Task, first: bool) -> tuple[Task, Program | Unrouted]:
         """A program whose observed mixtures have their components as latents, where that serves."""
-        asked: list[Structure] = []
+        asked = False
 
         def instead(structure: Structure) -> Program | None:
-            asked.append(structure)
+            nonlocal asked  # and not the skeleton, which holds the sites of the runs so far
+            asked = True
             return self._of_components(task, structure)
 
         program = build_program(task, first_look=first, instead=instead)
