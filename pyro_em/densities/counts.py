@@ -34,6 +34,10 @@ class Tables:
     table: Tensor
     size: float = 0.0
 
+    def part(self, cells: slice) -> Tables:
+        """Some of the components."""
+        return Tables(self.table[:, cells])
+
 
 @dataclass(eq=False)
 class CountRows(PlainRows):

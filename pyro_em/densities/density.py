@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -51,6 +51,15 @@ class NormalRows(Protocol):
 
     def correction(self, p: Any, moments: Tensor, mass: Tensor) -> Tensor | float:
         """What rounded coefficients cost the log evidence, to first order, in nats."""
+        ...
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """What rows are evaluated with, of which some components can be taken."""
+
+    def part(self, cells: slice) -> Any:
+        """Some of the components."""
         ...
 
 

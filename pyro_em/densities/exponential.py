@@ -42,6 +42,10 @@ class Coefficients:
     constant: Tensor
     size: float = 0.0
 
+    def part(self, cells: slice) -> Coefficients:
+        """Some of the components."""
+        return Coefficients(self.linear[cells], self.constant[cells])
+
 
 @dataclass(eq=False)
 class Exponential(PlainRows):

@@ -65,6 +65,13 @@ class Prepared:
     wide: tuple[Tensor, Tensor] | None = None
     size: float = 0.0
 
+    def part(self, cells: slice) -> Prepared:
+        """Some of the components."""
+        white = None if self.white is None else self.white.part(cells)
+        wide = None if self.wide is None else (self.wide[0][cells], self.wide[1][cells])
+        linear = None if self.linear is None else self.linear[cells]
+        return Prepared(linear, self.constant[cells], white, wide, self.size)
+
     @property
     def mean(self) -> Tensor | None:
         """What moments are taken about, of x'; None for zero. # (K, D)"""

@@ -40,6 +40,11 @@ class Students:
     constant: Tensor
     size: float = 0.0
 
+    def part(self, cells: slice) -> Students:
+        """Some of the components."""
+        parts = (t[:, cells] for t in (self.df, self.loc, self.width, self.constant))
+        return Students(*parts)
+
 
 @dataclass(eq=False)
 class StudentRows(SingleRows):
@@ -59,7 +64,7 @@ class StudentRows(SingleRows):
 
     def log_density(self, p: Students, features: Chunk, onto: Tensor | None = None) -> Tensor:
         """Log densities of some rows, added to what is there. # (K, rows)"""
-        out = p.constant.sum(0) if features.seen is None else p.constant.new_zeros(self.K, 1)
+        out = p.constant.sum(0) if features.seen is None else torch.zeros_like(p.constant[0])
         out = out if onto is None else out + onto.to(torch.float64)
         inverse = p.width.reciprocal()  # a product takes a third of a quotient's time
         for i, x in enumerate(features.value):

@@ -38,6 +38,10 @@ class Weibulls:
     constant: Tensor
     size: float = 0.0
 
+    def part(self, cells: slice) -> Weibulls:
+        """Some of the components."""
+        return Weibulls(*(t[:, cells] for t in (self.shape, self.shift, self.constant)))
+
 
 @dataclass(eq=False)
 class WeibullRows(SingleRows):

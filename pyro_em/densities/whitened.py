@@ -61,6 +61,10 @@ class Whitened:
                 parts.append((W[:, b, : b.stop].reshape(-1, b.stop), shift[:, b].reshape(-1, 1)))
         object.__setattr__(self, "parts", tuple(parts))
 
+    def part(self, cells: slice) -> Whitened:
+        """Some of the components."""
+        return Whitened(self.matrices[cells], self.mean[cells], self.is_near)
+
     def squares(self, x: Tensor) -> Tensor:
         """‖W_k (x' − μ'_k)‖². # (K, rows)
 
@@ -155,6 +159,10 @@ class Scaled:
     def point(self) -> Tensor:
         """See `Whitened.point`."""
         return self.mean
+
+    def part(self, cells: slice) -> Scaled:
+        """Some of the components."""
+        return Scaled(self.scale[cells], self.mean[cells])
 
     def squares(self, x: Tensor) -> Tensor:
         """Σ_i (x'_i − μ'_ki)² / σ_ki². # (K, rows)"""

@@ -31,6 +31,7 @@ from pyro_em.posteriors.continuous.conjugate_rows import conjugate_rows
 from pyro_em.posteriors.continuous.factor_rows import factor_rows
 from pyro_em.posteriors.continuous.table_rows import table_rows
 from pyro_em.posteriors.independent import Independent
+from pyro_em.posteriors.mixtures.grouped_rows import GroupedRows
 from pyro_em.posteriors.mixtures.kept_mixtures import keep_mixture, known_mixture
 from pyro_em.posteriors.mixtures.mixture import Mixture
 from pyro_em.posteriors.mixtures.product_rows import ProductRows
@@ -42,7 +43,7 @@ from pyro_em.updates.regressions.predictors import predictor_binding
 from pyro_em.updates.update import EXACT, Fixed, NewtonOnProfile, ParameterUpdate
 
 # To add a block, add its class here, the quicker ones first.
-BLOCKS: tuple[type[QuickBlock], ...] = (Mixture, Chain, StepChain, ProductRows)
+BLOCKS: tuple[type[QuickBlock], ...] = (Mixture, GroupedRows, Chain, StepChain, ProductRows)
 
 CONTRACTION = "contraction"
 
@@ -71,7 +72,7 @@ class Kernel:
     @property
     def adding(self) -> QuickSteps | None:
         """The block, where the sums of parts of the data add up."""
-        if isinstance(self.block, SumsBlock) and not self.block.theta.adds:
+        if isinstance(self.block, SumsBlock) and not self.block.adds:
             return None
         return self.block
 
@@ -194,7 +195,11 @@ def kernel_of(
     for kind in BLOCKS:
         found = kind.match(whole)
         if not isinstance(found, Finding):
-            if told is not None and isinstance(found, Mixture):
+            if (
+                told is not None
+                and isinstance(found, Mixture)
+                and not isinstance(found, GroupedRows)
+            ):
                 keep_mixture(told, graph, found)
             return Kernel(found.name, None, found, parts, words=found.words)
         said.append(found)
@@ -228,8 +233,12 @@ def _kernel_beside(found: Arrangement, latents: tuple[str, ...]) -> Kernel:
 def _reason(graph: FactorGraph, latents: Sequence[str], said: Sequence[Finding]) -> str:
     """Of what the blocks said the finding that tells most."""
     # A chain says more of many latents than a mixture does, and less of one or two.
-    if len(said) > 2 and len(latents) > 2 and len(latents) > _most_per_row(graph, latents):
-        return said[2].what
+    if (
+        len(said) == len(BLOCKS)
+        and len(latents) > 2
+        and len(latents) > _most_per_row(graph, latents)
+    ):
+        return said[BLOCKS.index(StepChain)].what
     # Of several latents of a row their product says more than a mixture does.
     return (said[-1] if len(latents) > 1 else said[0]).what
 

@@ -91,6 +91,11 @@ class SumsBlock:
         """
 
     @property
+    def adds(self) -> bool:
+        """Whether the sums of parts of the data add up."""
+        return self.theta.adds
+
+    @property
     def latents(self) -> tuple[str, ...]:
         """The latents that it sums."""
         return self.component.latents

@@ -116,6 +116,16 @@ class Selection:
         """Whether every element of the argument comes from the parameter."""
         return not self.index.numel() or int(once_each(self.index).min()) >= 0
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """Tensors over the argument's cells whose sum is the index."""
+        return (self.index,)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Selection:
+        """The same with the dimensions of the argument laid out anew."""
+        factor = None if self.factor is None else change(self.factor)
+        return Selection(self.param, change(self.index), self.maps, factor)
+
     @cached_property
     def of_matrices(self) -> bool:
         """Whether elements of the argument are made of more than one element each."""
@@ -209,7 +219,7 @@ class Binding:
     @property
     def tensors(self) -> list[Tensor]:
         """All that it is made of, over the cells of the argument."""
-        tensors = [self.constant, *(s.index for s in self.selections), *self.known]
+        tensors = [self.constant, *(t for s in self.selections for t in s.parts), *self.known]
         tensors += [s.factor for s in self.selections if s.factor is not None]
         return tensors + [t for j in self.slopes for t in j.tensors]
 
@@ -225,15 +235,7 @@ class Binding:
             self.how,
             self.params,
             change(self.constant),
-            tuple(
-                Selection(
-                    s.param,
-                    change(s.index),
-                    s.maps,
-                    None if s.factor is None else change(s.factor),
-                )
-                for s in self.selections
-            ),
+            tuple(s.mapped(change) for s in self.selections),
             None if jacobians is None else {n: j.mapped(change) for n, j in jacobians.items()},
             self.reason,
             self.normalise,

@@ -40,13 +40,13 @@ def _coded(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     code, size = torch.zeros(len(rows), dtype=torch.int64, device=rows.device), 1
     for d, width in enumerate(int(w) for w in widths):
         if size * width >= _EXACT:
-            code, counts = _numbered(code, size)
+            code, counts = numbered(code, size)
             size = len(counts)
             if size * width >= _EXACT:
                 return None
         code = code * width + (rows[:, d] - low[d]).long()
         size *= width
-    return _numbered(code, size)
+    return numbered(code, size)
 
 
 def _are_whole(rows: Tensor) -> bool:
@@ -54,7 +54,7 @@ def _are_whole(rows: Tensor) -> bool:
     return not any(bool((part != part.round()).any()) for part in rows.split(2**16))
 
 
-def _numbered(code: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def numbered(code: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Codes below ``size`` as numbers without gaps, in the same order, and how often each occurs."""
     if size > 4 * len(code):
         _, inverse, counts = code.unique(return_inverse=True, return_counts=True)

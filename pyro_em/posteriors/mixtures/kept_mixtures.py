@@ -100,7 +100,7 @@ class DecidedMixture:
         groups = graph.groups
         if not all(torch.equal(groups[g].value, v) for g, v in self.values.items()):
             return None
-        if distinct(graph, self.shape, None)[1] is not None:  # some rows occur several times
+        if distinct(graph, self.shape, None).counts is not None:  # some rows occur several times
             return None
         rules = {g: form.on(groups[g].value) for g, form in self.rows.items()}
         owned = {g: s.on(rules[g], graph, updates, values) for g, s in self.owned.items()}

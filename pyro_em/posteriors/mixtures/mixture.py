@@ -33,6 +33,7 @@ from pyro_em.posteriors.mixtures.per_row import PerRow
 from pyro_em.posteriors.mixtures.product_states import added, summed
 from pyro_em.posteriors.mixtures.responsibilities import sum_of_logs, unnormalised
 from pyro_em.posteriors.mixtures.row_factors import Collected, RowFactors
+from pyro_em.posteriors.mixtures.row_groups import reads_by_rows
 from pyro_em.posteriors.mixtures.rows import (
     RowShape,
     distinct,
@@ -48,7 +49,7 @@ from pyro_em.updates.expectations.statistics import NATURAL, Expectation, group_
 _CHUNK_BYTES = 2**21
 
 
-_IMPOSSIBLE = -1e29
+IMPOSSIBLE = -1e29
 
 
 @dataclass(eq=False)
@@ -139,13 +140,11 @@ class Mixture(QuickBlock):
 
     def __post_init__(self) -> None:
         self.normals = {g: rule for f in self.factors for g, rule in f.normals.items()}
-        width = sum(f.width(self.graph) for f in self.factors)
-        if len(self.factors[0].reads) < len(self.shape.sizes):
-            width += 2 * self.K
+        width = self._width()
         single = all(f.linear is None for f in self.factors) and self.normals and self._is_single()
         rows = _CHUNK_BYTES // ((4 if single else 8) * width)
         # In multiples of 64, so that logarithms are shared without a rest.
-        self.chunk = max(min(1024, 2**20 // self.K), min(32768, rows // 64 * 64))
+        self.chunk = max(min(1024, 2**20 // self._cells), min(32768, rows // 64 * 64))
         parts = [c.columns for c in self.cells.values()]
         parts += [k.columns for k in self.known.values()]
         self.base = sum(k.base for k in self.known.values())
@@ -160,6 +159,16 @@ class Mixture(QuickBlock):
         device = self.graph.groups[0].value.device
         none = torch.empty(0, dtype=torch.long, device=device)
         self.columns = torch.cat([none, *parts])
+
+    def _width(self) -> int:
+        """Numbers per row that a chunk holds."""
+        width = sum(f.width(self.graph) for f in self.factors)
+        return width + 2 * self.K * (len(self.factors[0].reads) < len(self.shape.sizes))
+
+    @property
+    def _cells(self) -> int:
+        """How many cells a row has in the table of a chunk."""
+        return self.K
 
     @property
     def K(self) -> int:
@@ -182,12 +191,14 @@ class Mixture(QuickBlock):
         # In float32 the exponential of numbers far below −87 is slow; a weight of e⁻⁸⁰ counts nothing.
         # A weight of exactly zero has to stay.
         may_clamp = all(f.linear is None and not f.others for f in self.factors)
-        may_clamp = may_clamp and self._is_single() and bool((constant > _IMPOSSIBLE).all())
+        may_clamp = may_clamp and self._is_single() and bool((constant > IMPOSSIBLE).all())
         if self._sole is not None:
             found = self._swept(at, constant, *self._sole)
             if found is not None:
                 return self._summed(at, eta, found)
-        thetas = [None if f.linear is None else _theta(eta, f.linear) for f in self.factors]
+        thetas = [
+            None if f.linear is None else theta_of_linear(eta, f.linear) for f in self.factors
+        ]
         sums = Collected(self.N)
         for begin in range(0, self.N, self.chunk):
             rows = slice(begin, min(begin + self.chunk, self.N))
@@ -337,19 +348,26 @@ class Mixture(QuickBlock):
             for f in self.factors
             for g in f.normals
         }
-        for g, rule in self.normals.items():
-            correction = rule.correction(at.prepared[g], sums[g], counted[g])
+        moments = {}
+        for g in self.normals:
+            moments[g], correction = self._over_rows(at, g, sums[g], counted[g])
             evidence = evidence + correction if isinstance(correction, Tensor) else evidence
         log_evidence = checked(evidence, mass, self.total) + self.base
         if entries:
             assert eta is not None
             out[NATURAL] = {"features": scattered(eta, self.columns, entries)}
-        for g, rule in self.normals.items():
-            moments = rule.over_rows(at.prepared[g], sums[g])
-            out[g] = {"moments": moments, "mass": counted[g]}
+        for g in self.normals:
+            out[g] = {"moments": moments[g], "mass": counted[g]}
         largest = max((at.prepared[g].size for g in self.normals), default=0.0)
         noise = 2e-16 * self.total / self.N**0.5 * largest
         return Expectation(log_evidence, out, noise=noise)
+
+    def _over_rows(
+        self, at: At, g: int, collected: Tensor, mass: Tensor
+    ) -> tuple[Tensor, Tensor | float]:
+        """The moments of a Normal group from what chunks added, and what rounding cost, in nats."""
+        rule, p = self.normals[g], at.prepared[g]
+        return rule.over_rows(p, collected), rule.correction(p, collected, mass)
 
 
 def outline_of_rows(graph: FactorGraph) -> tuple[FactorGraph, RowShape, Tensor | None] | Finding:
@@ -360,8 +378,11 @@ def outline_of_rows(graph: FactorGraph) -> tuple[FactorGraph, RowShape, Tensor |
     weight = row_weights(graph, shape)
     if isinstance(weight, Finding):
         return weight
-    rows, repeats = distinct(graph, shape, weight)
-    return rows, shape, repeats
+    for g in shape.rowwise:
+        if reads_by_rows(graph.groups[g]):
+            return why_not_constant(graph.groups[g])
+    rows = distinct(graph, shape, weight)
+    return rows.graph, shape, rows.counts
 
 
 def _cells(group: Group, g: int, layout: Layout) -> Cells:
@@ -375,7 +396,8 @@ def _cells(group: Group, g: int, layout: Layout) -> Cells:
     return found
 
 
-def _theta(eta: Tensor | None, linear: Counted) -> Tensor:
+def theta_of_linear(eta: Tensor | None, linear: Counted) -> Tensor:
+    """η of the columns of linear groups. # (K, P)"""
     assert eta is not None
     return eta.take(linear.columns)
 

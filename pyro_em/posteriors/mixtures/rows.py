@@ -182,18 +182,31 @@ def row_weights(graph: FactorGraph, shape: RowShape) -> Tensor | Finding | None:
     return found.contiguous()
 
 
+@dataclass(frozen=True, eq=False)
+class DistinctRows:
+    """The rows of a graph, those that are equal once where that saves work.
+
+    Attributes:
+        graph: With these rows.
+        counts: What each of them counts; None where that is one. # (rows,)
+        first: Which rows they are; None where they are all. # (rows,)
+    """
+
+    graph: FactorGraph
+    counts: Tensor | None
+    first: Tensor | None = None
+
+
 def distinct(
-    graph: FactorGraph, shape: RowShape, weight: Tensor | None
-) -> tuple[FactorGraph, Tensor | None]:
+    graph: FactorGraph, shape: RowShape, weight: Tensor | None, codes: Tensor | None = None
+) -> DistinctRows:
     """The graph with each distinct row once, and what it counts, where that saves work.
 
     Args:
         graph: A collapsed graph.
         shape: Its shape.
         weight: What one row counts; None for one. # (N,)
-
-    Returns:
-        The graph, and what each of its rows counts; None where that is one.
+        codes: What else tells rows apart. # (N,)
     """
     N = graph.dim_size(shape.plate)
     own = None if weight is None or bool((weight == 1).all()) else weight
@@ -201,7 +214,7 @@ def distinct(
     for g in shape.rowwise:
         group = graph.groups[g]
         if varies(group):
-            return graph, own
+            return DistinctRows(graph, own)
         for t in (group.value, group.mask, group.elements):
             if t is not None and t.shape[1] > 1:
                 incomplete = t is group.value and is_incomplete(group)
@@ -211,10 +224,10 @@ def distinct(
         few = c[:: max(1, N // 64)]
         few = few.nan_to_num(0.0) if incomplete else few
         if few.is_floating_point() and any(v % 1 for row in few.tolist() for v in row):
-            return graph, own
+            return DistinctRows(graph, own)
     if not given:
-        return graph, own
-    columns = []
+        return DistinctRows(graph, own)
+    columns = [] if codes is None else [codes.to(torch.float64).unsqueeze(1)]
     for c, incomplete in given:
         columns.append((c.nan_to_num(0.0) if incomplete else c).to(torch.float64))
         if incomplete:
@@ -222,14 +235,19 @@ def distinct(
     rows = columns[0] if len(columns) == 1 else torch.cat(columns, 1)
     inverse, counts = equal_rows(rows)
     if 2 * len(counts) > N:
-        return graph, own
+        return DistinctRows(graph, own)
     first = torch.full_like(counts, N).scatter_reduce(
         0, inverse, torch.arange(N, device=counts.device), "amin"
     )
-    kept = list(graph.groups)
-    for g in shape.rowwise:
-        kept[g] = restricted(kept[g], first)
     total = counts.to(torch.float64)
     if own is not None:
         total = torch.zeros_like(total).index_add_(0, inverse, own)
-    return replace(graph, groups=tuple(kept)), total
+    return DistinctRows(with_rows(graph, shape, first), total, first)
+
+
+def with_rows(graph: FactorGraph, shape: RowShape, rows: Tensor) -> FactorGraph:
+    """The graph with the data of some rows, in their order; its plate keeps its size."""
+    kept = list(graph.groups)
+    for g in shape.rowwise:
+        kept[g] = restricted(kept[g], rows)
+    return replace(graph, groups=tuple(kept))
