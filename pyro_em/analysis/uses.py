@@ -15,8 +15,8 @@ from pyro_em.errors import UsageError, message
 from pyro_em.tracing.handlers import KeepValues
 from pyro_em.tracing.leaves import Path, leaves_of, name_of, replaced
 from pyro_em.tracing.mixing import Mixing
-from pyro_em.tracing.provenance import Tagged, tags_of
-from pyro_em.tracing.runs import Model, looking_at
+from pyro_em.tracing.provenance import Tagged, looking_at, tags_of
+from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import tensors_of
 
 

@@ -8,7 +8,7 @@ and updated by one call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from typing import Any, Protocol
@@ -441,6 +441,10 @@ class FactorGraph:
             if not isinstance(g.members, Members)
             for i, name in enumerate(g.members)
         }
+
+    def dim_sizes(self, dims: Collection[str]) -> dict[str, int]:
+        """The sizes of some plates and of some latents' supports."""
+        return {dim: self.dim_size(dim) for dim in dims}
 
     def dim_size(self, dim: str) -> int:
         """The size of a plate or of a latent's support."""

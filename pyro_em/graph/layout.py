@@ -21,7 +21,7 @@ from pyro_em.families.registry import (
 )
 from pyro_em.graph.bindings.autograd import bind, known_below, parameters_below
 from pyro_em.graph.bindings.binding import Binding
-from pyro_em.graph.bindings.signatures import Recurring, outline
+from pyro_em.graph.bindings.signatures import Recurring, outlines
 from pyro_em.graph.bindings.useful import useful_for
 from pyro_em.graph.compact import (
     Stray,
@@ -196,14 +196,10 @@ class FactorLayout:
         moving = [a for a, t in held[0].items() if leaves is not None and t.requires_grad]
         expanded = any(0 in held[0][a].stride() for a in moving)
         graphs: dict[Hashable, list[int]] = {}
-        outlines: dict[int, tuple[Hashable, list[Tensor]] | None] = {}
         saved: list[list[Tensor]] = []
+        reached = iter(outlines([arguments[a] for arguments in held for a in moving]))
         for i, arguments in enumerate(held):
-            reached = [arguments[a] for a in moving]
-            for t in reached:
-                if id(t) not in outlines:  # steps may share one distribution
-                    outlines[id(t)] = outline(t, {})
-            found = [outlines[id(t)] for t in reached]
+            found = [next(reached) for _ in moving]
             shown = [f for f in found if f is not None]
             key = tuple(f[0] for f in shown) if len(shown) == len(found) else None
             saved.append(

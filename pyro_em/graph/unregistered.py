@@ -5,7 +5,7 @@ A network that is used without ``pyro.module`` keeps its random start for good: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from pyro_em.errors import message
 from pyro_em.graph.failing.blame import given_tensors, variables_of
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.runs import Run
-from pyro_em.tracing.sites import tensors_of, users
+from pyro_em.tracing.sites import tensors_of_each, users
 
 _SHOWN = 4
 
@@ -68,14 +68,15 @@ def unregistered(
 
 
 def _leaves(
-    sites: Mapping[str, Mapping[str, Any]], names: Iterable[str]
+    sites: Mapping[str, Mapping[str, Any]], names: Collection[str]
 ) -> Iterator[tuple[Tensor, str]]:
     """Each leaf tensor that reaches a density, with the first site that it reaches."""
     seen: set[Node] = set()
     told: set[int] = set()
-    for name in names:
+    tensors = tensors_of_each([sites[name]["fn"] for name in names])
+    for name, own in zip(names, tensors, strict=True):
         site = sites[name]
-        held = [*tensors_of(site["fn"]), site["scale"], site["mask"]]
+        held = [*own, site["scale"], site["mask"]]
         if site["is_observed"]:
             held.append(site["value"])
         for tensor in held:

@@ -38,7 +38,7 @@ def contraction_of(graph: FactorGraph, extra: Sequence[tuple[str, ...]] = ()) ->
         None if g.observed else name for g in graph.groups for name in g.members
     ]
     used = dict.fromkeys(d for ds in (*dims, *extra) for d in ds)
-    sizes = {d: graph.dim_size(d) for d in used}
+    sizes = graph.dim_sizes(used)
     return plan_contraction(
         [*dims, *extra],
         {name: latent.plates for name, latent in graph.latents.items()},

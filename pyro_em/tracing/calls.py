@@ -32,9 +32,8 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from pyro_em.tracing.allocation import OutputTooLarge, Unwatched, size_guard
 from pyro_em.tracing.constructed import (
     begin_constructing,
-    decides,
     end_constructing,
-    is_told_by_arguments,
+    is_left_to,
     tensors_made,
 )
 from pyro_em.tracing.dependences import Reading, checksum
@@ -176,12 +175,12 @@ class CallLog(OperationLog):
 
     def constructed(self, cls: type, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """A distribution of Pyro, noted as one call; None where all calls have to be noted."""
-        if self.is_aside or not self.is_complete or not is_told_by_arguments(cls, args, kwargs):
+        if self.is_aside or not self.is_complete:
             return None
         depth = torch._C._len_torch_function_stack()
         if not depth or torch._C._get_function_stack_at(depth - 1) is not self._mode:
             return None  # another mode sees the calls before
-        if not decides(self.constructed):
+        if not is_left_to(self.constructed, cls, args, kwargs):
             return None
         mode = _pop_mode()
         try:

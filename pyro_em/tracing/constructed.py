@@ -69,9 +69,15 @@ def begin_constructing(construct: Construct) -> None:
     COERCIONS.append(construct)
 
 
-def decides(construct: Construct) -> bool:
-    """Whether nobody asked for distributions after this function did, as ``poutine.collapse`` does."""
-    return bool(COERCIONS) and COERCIONS[-1] == construct
+def is_left_to(
+    construct: Construct, cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether a distribution may be made by a function at once.
+
+    Its arguments have to say what its constructor does, and nobody may have asked for distributions
+    after the function did, as ``poutine.collapse`` does.
+    """
+    return COERCIONS[-1] == construct and is_told_by_arguments(cls, args, kwargs)
 
 
 def end_constructing(construct: Construct) -> None:

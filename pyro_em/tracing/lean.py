@@ -27,8 +27,9 @@ from pyro_em.tracing.sites import Role, is_factor, is_latent, role_of
 Aside: TypeAlias = AbstractContextManager[None]
 """A block whose operations are none of the model's, to be opened at any number of sites."""
 
-Met: TypeAlias = Callable[[dict[str, Any], Aside], None]
-"""What is done with a site once it is traced, which it may change."""
+Met: TypeAlias = Callable[[dict[str, Any], Aside], bool]
+"""What is done with a site once it is traced, which it may change; whether it wants to see others of
+its class and shape."""
 
 AtLarge: TypeAlias = Callable[[dict[str, Any]], None]
 """What is done with a site that asks for a draw of many numbers."""
@@ -197,6 +198,9 @@ class EnumTrace(LeanTrace, EnumMessenger):
         self.first_available_dim = first_available_dim
         self.latents, self.kept = latents, kept or {}
         self._supports: dict[tuple[Any, ...], Tensor] = {}
+        self._passed: set[tuple[Any, ...]] = (
+            set()
+        )  # kinds of distributions that ``met`` has done with
 
     def _process_message(self, msg: Any) -> None:
         if msg["type"] != "sample":
@@ -280,8 +284,12 @@ class EnumTrace(LeanTrace, EnumMessenger):
             self._value_dims[msg["name"]] = {
                 dim: i for dim, i in ids.items() if n >= -dim and shape[dim] > 1
             }
-        if self.met is not None and msg["name"] in self.trace.nodes:
-            self.met(self.trace.nodes[msg["name"]], self.aside)
+        site = None if self.met is None else self.trace.nodes.get(msg["name"])
+        if site is None or self.met is None:
+            return
+        kind = type(site["fn"]), site["fn"].batch_shape, site["fn"].event_shape
+        if kind not in self._passed and not self.met(site, self.aside):
+            self._passed.add(kind)
 
 
 def _asks_for_many(msg: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -170,8 +170,11 @@ class Series:
         if known.form != loop.form:
             raise NotVectorized(f"loop '{loop.name}' differs from run to run")
 
-    def carried_on(self, name: str) -> list[str]:
-        """The sites that one of all later steps is where the step after it reads it, by their names."""
+    def carried_on(self, names: Collection[str]) -> dict[str, list[str]]:
+        """Of some sites of all later steps, the sites that each is where the step after it reads it."""
+        return {name: self._carried_on(name) for name in names}
+
+    def _carried_on(self, name: str) -> list[str]:
         place = self.places.get(name)
         if place is None or place.shift != self.loops[place.loop].history:
             return []

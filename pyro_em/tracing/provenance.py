@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -11,7 +12,7 @@ from pyro.ops.provenance import ProvenanceTensor, get_provenance
 from torch.utils._pytree import tree_map
 
 from pyro_em.tracing.mixing import Mixing
-from pyro_em.tracing.sites import tensors_of
+from pyro_em.tracing.sites import tensors_of_each
 
 watched_mixing: ContextVar[Mixing | None] = ContextVar("mixing", default=None)
 
@@ -56,6 +57,16 @@ class Tagged(ProvenanceTensor):
         return _with_tags(out, tags) if type(out) is torch.Tensor else _tagged(out, tags)
 
 
+@contextmanager
+def looking_at(mixing: Mixing) -> Iterator[None]:
+    """A block in which every operation on tagged tensors is seen."""
+    token = watched_mixing.set(mixing)
+    try:
+        yield
+    finally:
+        watched_mixing.reset(token)
+
+
 def tags_of(value: Any) -> frozenset[str]:
     """The tags that a value carries."""
     if isinstance(value, ProvenanceTensor):
@@ -68,8 +79,9 @@ def tags_of(value: Any) -> frozenset[str]:
 def scopes_of(factors: Mapping[str, Mapping[str, Any]]) -> dict[str, frozenset[str]]:
     """Per site of a run with tagged values the other sites that reach it."""
     scopes = {}
-    for name, site in factors.items():
-        held = [*tensors_of(site["fn"]), site["mask"], site["scale"]]
+    tensors = tensors_of_each([site["fn"] for site in factors.values()])
+    for (name, site), own in zip(factors.items(), tensors, strict=True):
+        held = [*own, site["mask"], site["scale"]]
         scope = frozenset().union(*map(tags_of, held))
         if site["is_observed"]:
             scope |= tags_of(site["value"]) - {name}

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,7 +37,7 @@ from pyro_em.tracing.memory import settle
 from pyro_em.tracing.mixing import Mixing
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import TracedParameter, alive
-from pyro_em.tracing.provenance import scopes_of, watched_mixing
+from pyro_em.tracing.provenance import scopes_of
 from pyro_em.tracing.randomness import (
     random_state,
     same_random_state,
@@ -53,6 +53,7 @@ from pyro_em.tracing.stored import (
     store_as_it_is,
     was_cleared,
 )
+from pyro_em.tracing.tagged import TaggedDistributions
 from pyro_em.tracing.whole import LeftWhole
 
 Model = Callable[..., Any]
@@ -285,7 +286,7 @@ def provenance_run(
         same_random_state(),
         torch.no_grad(),
         pyro.validation_enabled(False),
-        looking_at(mixing),
+        TaggedDistributions(mixing).made_here(),
     ):
         tracer.follow(model, args, kwargs)
     sites = dict(tracer.trace.nodes)
@@ -298,16 +299,6 @@ def provenance_run(
         joined=frozenset(mixing.joined),
         cleared=was_cleared(begun),
     )
-
-
-@contextmanager
-def looking_at(mixing: Mixing) -> Iterator[None]:
-    """Let every operation on tagged tensors be seen."""
-    token = watched_mixing.set(mixing)
-    try:
-        yield
-    finally:
-        watched_mixing.reset(token)
 
 
 def _plate_sizes(site: Mapping[str, Any]) -> frozenset[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from types import FunctionType
 from typing import Any
@@ -140,6 +140,11 @@ def tensors_of(fn: Any) -> list[torch.Tensor]:
                 elif isinstance(part, torch.distributions.Distribution) or hasattr(part, "inv"):
                     found += tensors_of(part)
     return found
+
+
+def tensors_of_each(fns: Sequence[Any]) -> list[list[torch.Tensor]]:
+    """Every tensor that each of some distributions holds (`tensors_of`)."""
+    return [tensors_of(fn) for fn in fns]
 
 
 def support_reads_latents(fn: Any) -> bool:

@@ -28,11 +28,10 @@ class SharedDistributions:
     """Gives sites of a run the distribution of an earlier site where it is the same."""
 
     def __init__(self) -> None:
-        self._small: set[Hashable] = set()
         self._first: dict[Hashable, Distribution | None] = {}  # None once another was met
         self._known: dict[Hashable, list[tuple[Distribution, list[Tensor]]]] = {}
 
-    def __call__(self, site: dict[str, Any], aside: Aside) -> None:
+    def __call__(self, site: dict[str, Any], aside: Aside) -> bool:
         """Look at a site that has just been traced.
 
         The first distribution of its class and shape is looked at when there is a second one: most
@@ -41,24 +40,23 @@ class SharedDistributions:
         Args:
             site: The site, which is changed.
             aside: A block whose operations are none of the model's.
+
+        Returns:
+            Whether distributions of its class and shape may be large enough to be shared.
         """
         fn = site["fn"]
-        if not isinstance(fn, Distribution):
-            return
         kind = type(fn), fn.batch_shape, fn.event_shape
-        if kind in self._small:
-            return
         if kind not in self._first:
             if _is_small(fn):
-                self._small.add(kind)
-            else:
-                self._first[kind] = fn
-            return
+                return False
+            self._first[kind] = fn
+            return True
         with aside, torch.no_grad():
             first, self._first[kind] = self._first[kind], None
             if first is not None:
                 self._first_like(first)
             site["fn"] = self._first_like(fn)
+        return True
 
     def _first_like(self, fn: Distribution) -> Distribution:
         """The first distribution that this one equals, which may be itself."""

@@ -11,9 +11,9 @@ selects there is the argument.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -187,7 +187,22 @@ def signature(tensor: Tensor, names: Mapping[int, str] | None = None) -> Hashabl
     return (edge.output_nr, tuple(entries))
 
 
-def outline(tensor: Tensor, seen: dict[Node, int]) -> tuple[Hashable, list[Tensor]] | None:
+Outline: TypeAlias = tuple[Hashable, list[Tensor]]
+"""What determines a tensor's Jacobians: a structure, and what nodes saved."""
+
+
+def outlines(tensors: Sequence[Tensor]) -> list[Outline | None]:
+    """What determines the Jacobians of some tensors (`outline`), each looked at once."""
+    known: dict[int, Outline | None] = {}  # steps may share one distribution
+    found = []
+    for t in tensors:
+        if id(t) not in known:
+            known[id(t)] = outline(t, {})
+        found.append(known[id(t)])
+    return found
+
+
+def outline(tensor: Tensor, seen: dict[Node, int]) -> Outline | None:
     """What determines a tensor's Jacobians, tensors that nodes saved apart.
 
     Two tensors of equal outline, of equal bits and with equal saved tensors have one and the same

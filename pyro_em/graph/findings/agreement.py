@@ -232,7 +232,7 @@ class _Together:
         return kind, tuple(sorted((dim, self.look.size(z)) for dim, z in seen.items()))
 
     def _agreeing(self, names: Sequence[str]) -> list[str]:
-        sides = [[side[n] for n in names] for side in (self.look.enumerated, self.look.plain)]
+        sides = [_some(side, names) for side in (self.look.enumerated, self.look.plain)]
         first = self._site(names[0])["fn"]
         reinterpreted, family = unwrap(first)[1], family_of(first)
         if family is None:
@@ -302,7 +302,7 @@ class _Together:
         """The places of plain values in their supports, as `_Look.index` finds them one by one."""
         site = self._site(names[0])
         event_dim, at = site["fn"].event_dim, site["infer"]["_enumerate_dim"]
-        plain = [_untagged(_value(self.look.plain, n)) for n in names]
+        plain = [_untagged(value) for value in _values(self.look.plain, names)]
         lead = plain[0].dim() - event_dim
         if any(n > self.look.most for n in plain[0].shape[:lead]):
             return
@@ -327,11 +327,16 @@ def _close(a: Tensor, b: Tensor) -> Tensor:
     return torch.isclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def _value(sites: Sites, name: str) -> Tensor:
-    """The value of a site."""
-    if isinstance(sites, Folded):
-        return sites.value(name)
-    return sites[name]["value"]  # type: ignore[no-any-return]
+def _some(sites: Sites, names: Sequence[str]) -> list[Mapping[str, Any]]:
+    """Some sites, in the order of their names."""
+    return sites.some(names) if isinstance(sites, Folded) else [sites[n] for n in names]
+
+
+def _values(sites: Sites, names: Sequence[str]) -> list[Tensor]:
+    """The values of some sites."""
+    return (
+        sites.values_of(names) if isinstance(sites, Folded) else [sites[n]["value"] for n in names]
+    )
 
 
 def _untagged(value: Any) -> Any:

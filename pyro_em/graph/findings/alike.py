@@ -1,4 +1,4 @@
-"""Sites of a plain run of which nothing has to be said, because nothing was said of one of their form.
+"""Sites of a plain run of which nothing has to be said where nothing was said of one of their form.
 
 A finding about a site follows from its form and from its numbers. Numbers are looked at for all sites
 of a form at once; where any of them is odd every site is looked at by itself, and named.
@@ -14,36 +14,25 @@ from torch import Tensor
 
 from pyro_em.distributions import depends_on_tensors, unwrap
 from pyro_em.graph.forms import FEW, forms_of, in_forms, in_parts
-from pyro_em.graph.structure import SiteInfo
 from pyro_em.tracing.sites import Role, role_of
 
 
-class Alike:
-    """What is known of sites by their form.
+def sound_forms(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Hashable]:
+    """The forms of those sites whose numbers are no reason to look at each of them.
+
+    Where nothing has to be said of a site, nothing has to be said of the others of its form.
 
     Args:
         sites: All sites with a density, of a plain run.
     """
-
-    def __init__(self, sites: Mapping[str, Mapping[str, Any]]) -> None:
-        self._forms: dict[str, Hashable] = {}
-        self._known: dict[Hashable, SiteInfo] = {}
-        if len(sites) < FEW:
-            return
-        forms = forms_of(sites)
-        for names in in_forms({n: f for n, f in forms.items() if f is not None}):
-            if len(names) >= FEW and _are_sound([sites[n] for n in names]):
-                self._forms.update((n, forms[n]) for n in names)
-
-    def known(self, name: str) -> SiteInfo | None:
-        """The record of a site of the same form of which there was nothing to say."""
-        return self._known.get(self._forms.get(name))
-
-    def note(self, name: str, info: SiteInfo) -> None:
-        """There is nothing to say of a site."""
-        form = self._forms.get(name)
-        if form is not None:
-            self._known[form] = info
+    out: dict[str, Hashable] = {}
+    if len(sites) < FEW:
+        return out
+    forms = {n: f for n, f in forms_of(sites).items() if f is not None}
+    for names in in_forms(forms):
+        if len(names) >= FEW and _are_sound([sites[n] for n in names]):
+            out |= {n: forms[n] for n in names}
+    return out
 
 
 def _are_sound(sites: Sequence[Mapping[str, Any]]) -> bool:

@@ -199,9 +199,7 @@ def _findings(
         guide_given,
         has_missing(model),
     )
-    for name in factors:
-        if name not in dropped:
-            said.take(name)
+    said.take([name for name in factors if name not in dropped])
     sites, coupled, of_others = said.sites, said.coupled, said.of_others
     nesting = max((-p.dim for p in plates.values()), default=0)
     nesting = max([nesting, *(len(s["fn"].batch_shape) for s in factors.values())])
@@ -314,7 +312,7 @@ def _barren(
     """
     needed: set[str] = set()
     latents, series = latents_in(factors), current_series.get()
-    carried = {n: series.carried_on(n) for n in latents} if series is not None else {}
+    carried = {} if series is None else series.carried_on(latents)
     more: set[str] = set(factors) - set(latents)
     while more:
         needed |= more

@@ -85,6 +85,14 @@ class Folded(Mapping[str, Mapping[str, Any]]):
             return place[0].stacks[0][place[1]]
         return place["value"]  # type: ignore[no-any-return]
 
+    def some(self, names: Sequence[str]) -> list[Mapping[str, Any]]:
+        """Some sites, in the order of their names."""
+        return [self[name] for name in names]
+
+    def values_of(self, names: Sequence[str]) -> list[Tensor]:
+        """The values of some sites, possibly with tags."""
+        return [self.value(name) for name in names]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from pyro_em.distributions import has_finite_support, is_discrete, support_size_
 from pyro_em.errors import Finding
 from pyro_em.graph.checks import latent_problems, scope_problems, shape_problems
 from pyro_em.graph.coupling import Coupling
-from pyro_em.graph.findings.alike import Alike
+from pyro_em.graph.findings.alike import sound_forms
 from pyro_em.graph.findings.first_run import name_of_distribution
 from pyro_em.graph.findings.missing_inputs import input_problems
 from pyro_em.graph.findings.value_checks import data_problems, weight_problems
@@ -59,16 +59,21 @@ class SiteFindings:
 
     def __post_init__(self) -> None:
         self._order = {name: i for i, name in enumerate(self.factors)}
-        self._alike = Alike(self.factors)
+        self._forms = sound_forms(self.factors)
+        self._known: dict[Hashable, SiteInfo] = {}  # by form, where there was nothing to say
 
-    def take(self, name: str) -> None:
-        """Say what there is to say of a site, and keep its record."""
+    def take(self, names: Sequence[str]) -> None:
+        """Say what there is to say of some sites, one after the other, and keep their records."""
+        for name in names:
+            self._take(name)
+
+    def _take(self, name: str) -> None:
         site, unobserved = self.factors[name], name in self.latents
         scope = set(self.scopes[name]) | ({name} if unobserved else set())
         ordered = sorted(scope, key=self._order.__getitem__)
         if not any(self.plates[z] for z in scope) and name not in self.coupled:
-            known = self._alike.known(name)
-            if known is not None:  # nothing was found at a site of this form
+            known = self._known.get(self._forms.get(name))
+            if known is not None:
                 self.sites[name] = _info_like(known, name, site, ordered)
                 return
         has_route = True
@@ -105,8 +110,10 @@ class SiteFindings:
             tuple(f.name for f in site["cond_indep_stack"]),
             {f.name: f.counter for f in site["cond_indep_stack"] if f.dim is None},
         )
-        if told == len(self.of_latents) + len(self.of_others) and name not in self.coupled:
-            self._alike.note(name, self.sites[name])
+        form = self._forms.get(name)
+        is_sound = told == len(self.of_latents) + len(self.of_others)
+        if form is not None and is_sound and name not in self.coupled:
+            self._known[form] = self.sites[name]
 
     def _of_data(self, name: str, site: Mapping[str, Any]) -> list[Finding]:
         """What is wrong with what is observed at a site."""

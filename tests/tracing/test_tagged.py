@@ -1,0 +1,89 @@
+"""Distributions of tagged tensors, against those that Pyro makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_em.tracing.mixing import Mixing
+from pyro_em.tracing.provenance import Tagged, looking_at, tags_of
+from pyro_em.tracing.sites import tensors_of
+from pyro_em.tracing.tagged import TaggedDistributions
+
+Make = Callable[[Any, Any], Any]
+
+PLAIN: dict[str, Make] = {
+    "probabilities": lambda a, b: dist.Categorical(a),
+    "logits": lambda a, b: dist.Categorical(logits=a),
+    "two latents": lambda a, b: dist.Normal(a, b),
+    "a number": lambda a, b: dist.Normal(a, 2.0),
+    "counts": lambda a, b: dist.Poisson(a),
+    "reinterpreted": lambda a, b: dist.Normal(a, b).to_event(1),
+}
+ONE_BY_ONE: dict[str, Make] = {
+    "some tensors alone": lambda a, b: dist.MultivariateNormal(a, torch.eye(3)),
+    "a distribution inside": lambda a, b: dist.LogNormal(a, b),
+    "transforms": lambda a, b: dist.Gumbel(a, b),
+    "numbers that are read": lambda a, b: dist.Normal(a, b, validate_args=True),
+    "whole tensors": lambda a, b: _Whole(a),
+}
+
+
+class _Whole(dist.Normal):
+    def __init__(self, loc: Any) -> None:
+        super().__init__(loc - loc.mean(), 1.0)
+
+
+def made(make: Make, *, here: bool) -> tuple[list[Any], Mixing]:
+    """Three distributions of a form, of other latents each."""
+    mixing = Mixing({})
+    block = TaggedDistributions(mixing).made_here() if here else looking_at(mixing)
+    fns = []
+    with pyro.validation_enabled(False), block:
+        for i in range(3):
+            a = Tagged(torch.tensor([0.2, 0.3, 0.5]) + i, frozenset({f"z_{i}"}))
+            b = Tagged(torch.ones(3), frozenset({f"u_{i}", "w"}))
+            fns.append(make(a, b))
+    return fns, mixing
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *ONE_BY_ONE])
+def test_tags_are_those_that_operations_leave(name: str) -> None:
+    make = (PLAIN | ONE_BY_ONE)[name]
+    (here, seen), (pyros, known) = made(make, here=True), made(make, here=False)
+    for own, other in zip(here, pyros, strict=True):
+        mine, theirs = tensors_of(own), tensors_of(other)
+        assert type(own) is type(other) and vars(own).keys() == vars(other).keys()
+        assert [tags_of(t) for t in mine] == [tags_of(t) for t in theirs]
+        assert all(torch.equal(t._t, o._t) for t, o in zip(mine, theirs, strict=True) if tags_of(t))
+        same = [[s is t for s in mine] for t in mine]
+        assert same == [[s is t for s in theirs] for t in theirs]
+    assert (seen.read, seen.joined) == (known.read, known.joined)
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *ONE_BY_ONE])
+def test_operations_are_looked_at_once_where_all_tags_go_through(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    see = Mixing.see
+    monkeypatch.setattr(Mixing, "see", lambda *a: (looks.append(0), see(*a))[1])
+    made((PLAIN | ONE_BY_ONE)[name], here=True)
+    both = len(looks)
+    looks.clear()
+    made((PLAIN | ONE_BY_ONE)[name], here=False)
+    assert (3 * both == len(looks)) == (name in PLAIN)
+
+
+def test_elements_of_plates_are_looked_at_each_time() -> None:
+    mixing = Mixing({"z": frozenset({3})})
+    with TaggedDistributions(mixing).made_here():
+        for _ in range(2):
+            mixing.suspects.clear()
+            dist.Categorical(Tagged(torch.ones(3, 3), frozenset({"z"})))
+            assert mixing.suspects == {"z"}
