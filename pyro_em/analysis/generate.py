@@ -285,7 +285,7 @@ def _drawn(
     if again:
         _check_again(model, args, kwargs, sites, into, again, where)
         _refuse_made_up(model, rows, {p: into.written[p] for p in again}, where)
-    values = Values(under_user_names(sites))
+    values = Values(under_user_names({n: s["value"] for n, s in sites.items()}))
     return Generated(values, args, kwargs, tuple(into.unwritten))
 
 

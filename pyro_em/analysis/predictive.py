@@ -15,7 +15,7 @@ from pyro_em.errors import UsageError, message
 from pyro_em.globs import Values
 from pyro_em.posteriors.answers.posterior import Posterior
 from pyro_em.posteriors.answers.protocol import AnyPosterior
-from pyro_em.tracing.draws import predicted_run
+from pyro_em.tracing.many_draws import ManyDraws
 from pyro_em.tracing.randomness import seeded
 
 
@@ -48,12 +48,17 @@ def predictive_draws(
             )
         )
     with seeded(seed):
-        latents = q.sample(num_samples)
+        latents = _for_model(q.sample(num_samples), q)
+        nesting = q.graph.structure.max_plate_nesting if isinstance(q, Posterior) else 0
+        run = ManyDraws(model, args, kwargs, keep_observed, nesting)
+        if isinstance(q, Posterior) and not q.graph.structure.random_plates:
+            together = run.of(latents, num_samples)
+            if together is not None:
+                return Values(under_user_names(together))
         draws = []
         for i in range(num_samples):
-            given = _for_model({n: v[i] for n, v in latents.items()}, q)
-            sites = predicted_run(model, args, kwargs, given, keep_observed)
-            draws.append(under_user_names(sites))
+            sites = run.one({n: v[i] for n, v in latents.items()})
+            draws.append(under_user_names({n: s["value"] for n, s in sites.items()}))
     shared = [n for n in draws[0] if all(n in d for d in draws)]
     return Values({n: torch.stack([d[n] for d in draws]) for n in shared})
 
@@ -64,14 +69,14 @@ def _for_model(values: Mapping[str, Tensor], q: AnyPosterior) -> dict[str, Tenso
     return {f"{n}_unobserved" if n in pairs else n: v for n, v in values.items()}
 
 
-def under_user_names(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+def under_user_names(sites: Mapping[str, Any]) -> dict[str, Tensor]:
     """Values by site; an ``obs_mask`` site appears once, under its own name."""
     out: dict[str, Tensor] = {}
-    for name, site in sites.items():
+    for name, value in sites.items():
         stem = name.removesuffix("_observed").removesuffix("_unobserved")
         paired = f"{stem}_observed" in sites and f"{stem}_unobserved" in sites
         if paired and name != stem:
             continue  # the model's own deterministic site holds both
-        if isinstance(site["value"], Tensor):
-            out[name] = site["value"].detach()
+        if isinstance(value, Tensor):
+            out[name] = value.detach()
     return out

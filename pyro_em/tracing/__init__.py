@@ -11,6 +11,7 @@
   done again at others).
 * Densities of what was traced: `densities`, and for images `bits`, by one compiled loop (`numba_bits`)
   where there are many.
+* Draws: `draws` of a model paired with its guide and of predictions, `many_draws` of many by one run.
 * Models made of the user's: `given` (some latents have values), `missing` (NaN is missing),
   `long_format` (rows below the elements that they read), `vectorized` loops with `loops`, `per_step`,
   `each_step` and `step_places`.
