@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM
+from pyro_em.expanded import once_each
 from pyro_em.fitting.results import possible
 from pyro_em.graph.factors import Group
 from pyro_em.graph.later_arguments import LaterArguments
@@ -97,6 +99,17 @@ def classes(x: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Bernoulli(q[z]), obs=y)
 
 
+def chosen(x: Tensor, y: Tensor) -> None:
+    """A known group of each row, one of which is rare, chooses weights and means."""
+    weights = W[:, :K].abs()
+    p = pyro.param("p", weights / weights.sum(1, keepdim=True), constraint=C.simplex)
+    mu = pyro.param("mu", W[:, :K].clone())
+    g = y.long() + 2 * ((x[:, 1] > 2) & (y == 0)).long()
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(p[g]))
+        pyro.sample("x", dist.Normal(mu[g, z], 1.0), obs=x[:, 0])
+
+
 def scaled_by_all(x: Tensor, y: Tensor) -> None:
     scaled(x / x.std(0), y)
 
@@ -113,6 +126,7 @@ def scaled_by_all(x: Tensor, y: Tensor) -> None:
         (scaled_by_all, ""),
         (weibulls, "n"),
         (classes, "n"),
+        (chosen, "n"),
     ],
 )
 def test_a_fit_is_that_of_all_rows(
@@ -178,6 +192,30 @@ def test_what_an_argument_is_made_of_is_held(monkeypatch: pytest.MonkeyPatch) ->
         told = pyro.param("a") + X @ pyro.param("w").T
     assert torch.allclose(group.arguments["loc"].squeeze(0), told, rtol=1e-13)
     assert sum(runs) < 4 * N + 500  # two plain runs, one in slices, and those of a few rows
+
+
+def test_what_a_group_of_rows_chooses_is_held_by_row_and_by_cell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(slices, "_MANY", 1)
+    monkeypatch.setattr(slices, "_CELLS", 300)
+    pyro.clear_param_store()
+    read = ExactPosteriorEM(chosen)._ready((X, Y), {})
+    assert isinstance(read, Program)
+    for group in read.graph.groups:
+        for binding in group.bindings.values():
+            for chosen_by in binding.selections:
+                held = [once_each(t).numel() for t in chosen_by.parts]
+                assert sorted(held) == [K, N]
+                with torch.no_grad():
+                    there = pyro.param(chosen_by.param).reshape(-1)[chosen_by.index]
+                assert torch.equal(chosen_by.forward(pyro.param(chosen_by.param)), there)
+                assert torch.equal(
+                    chosen_by.mapped(lambda t: t[:, 5:9]).index, chosen_by.index[:, 5:9]
+                )
+                whole = replace(chosen_by, factor=None)
+                assert torch.equal(whole.index, chosen_by.index)
+                assert torch.equal(chosen_by.alone.index[0], chosen_by.index)
 
 
 def test_no_table_of_all_rows_shows_that_each_class_is_possible(

@@ -121,6 +121,11 @@ class Selection:
         """Tensors over the argument's cells whose sum is the index."""
         return (self.index,)
 
+    @property
+    def of_kinds_of_rows(self) -> Tensor:
+        """The index, of rows that read the same at least once. # (rows, *cells)"""
+        return self.index[:1] if self.index.stride(0) == 0 else self.index
+
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Selection:
         """The same with the dimensions of the argument laid out anew."""
         factor = None if self.factor is None else change(self.factor)

@@ -132,10 +132,9 @@ def _depends_on_rows(graph: FactorGraph, plate: str, bound: bool) -> bool:
             continue
         at = 1 + dims.index(plate)
         found |= group.distribution in _COMPUTING and len(dims) > group.n_plates
-        for name, t in group.arguments.items():
-            # Of a latent whose logits are lines each row has a number for each of its values.
-            is_line = group.role is Role.LATENT and group.bindings[name].jacobians is not None
-            last = None if is_line else 1 + len(group.sizes)
+        for t in group.arguments.values():
+            # Of a latent whose probabilities differ each row has a number for each of its values.
+            last = None if group.role is Role.LATENT else 1 + len(group.sizes)
             of_latents = t.shape[1 + group.n_plates : last]
             found |= t.shape[at] > 1 and max(of_latents, default=1) > least
     return found and not graph.missing

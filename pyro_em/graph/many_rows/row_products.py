@@ -1,8 +1,9 @@
-"""Arguments that multiply elements of a parameter by a number of each row, held as a product.
+"""Arguments in which a number of each row and an element of a parameter meet, held by the two.
 
 An exposure e_n in r[z] e_n is one number of each row, and which elements of r are read is the same in
 all rows. A reading gives index and factor at each row and value of the latents, N K numbers each: where
-they say the same along a dimension they are held once along it, N + K numbers in all.
+they say the same along a dimension they are held once along it, N + K numbers in all. So is the index
+of what a known group of each row chooses, p[g]: it is a number of the row plus one of the cell.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from pyro_em.expanded import once_each
 from pyro_em.graph.bindings.binding import Binding
+from pyro_em.graph.bindings.by_row import ByRow
 from pyro_em.graph.factors import FactorGraph, Group
 
 
@@ -40,10 +42,34 @@ def _of_group(group: Group, plate: str, like: Group | None) -> Group:
     at = 1 + group.dims[0].index(plate)
     bindings = dict(group.bindings)
     for name, binding in group.bindings.items():
+        other = None if like is None else like.bindings.get(name)
         if _has_factors(binding):
-            other = None if like is None else like.bindings.get(name)
             bindings[name] = _as_product(binding, at, other)
+        elif _is_chosen(binding, at, other):
+            bindings[name] = _as_sum(binding, at)
     return replace(group, bindings=bindings)
+
+
+def _is_chosen(binding: Binding, at: int, like: Binding | None) -> bool:
+    """Whether it selects elements of parameters, others in some rows than in others."""
+    if binding.how != "selection" or any(s.factor is not None for s in binding.selections):
+        return False
+    if not all(s.is_whole for s in binding.selections):
+        return False
+    if like is not None:  # by chance it may be the same in these rows
+        return any(isinstance(s, ByRow) for s in like.selections)
+    return any(once_each(s.index).shape[at] > 1 for s in binding.selections)
+
+
+def _as_sum(binding: Binding, at: int) -> Binding:
+    selections = tuple(ByRow.of(s, at) or s for s in binding.selections)
+    return replace(_without_constant(binding), selections=selections)
+
+
+def _without_constant(binding: Binding) -> Binding:
+    """A binding that selects all elements: of its constant it has but the shape."""
+    constant = binding.constant.new_zeros(()).expand(binding.constant.shape)
+    return replace(binding, constant=constant)
 
 
 def _has_factors(binding: Binding) -> bool:
@@ -62,10 +88,8 @@ def _as_product(binding: Binding, at: int, like: Binding | None) -> Binding:
     if like is not None and like.selections and once_each(like.selections[0].index).shape[at] > 1:
         dims.remove(at)  # by chance it is the same in these rows
     index = _held_once(selection.index, dims)
-    # No element is read from the constant: it has but a shape.
-    constant = binding.constant.new_zeros(()).expand(binding.constant.shape)
     selections = (replace(selection, index=index, factor=factor),)
-    return replace(binding, constant=constant, selections=selections)
+    return replace(_without_constant(binding), selections=selections)
 
 
 def _held_once(t: Tensor, dims: Iterable[int]) -> Tensor:

@@ -156,7 +156,8 @@ def _by_group(group: Group, graph: FactorGraph, first: Tensor, name: str, count:
     def cell(t: Tensor) -> Tensor:
         """What differs between rows, of the first row of each group."""
         if _differs(t):
-            return t.index_select(1, first).unsqueeze(1)
+            few = once_each(t).index_select(1, first)
+            return few.expand(t.shape[0], count, *t.shape[2:]).unsqueeze(1)
         return t[:, :1].unsqueeze(2)
 
     def datum(t: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def whole_events(selection: Selection, parameter: Tensor, form: Form) -> str:
     """
     asked = (whole_events, parameter.shape, form.event_dim, form.is_row)
     if asked not in selection.remembered:
-        selection.remembered[asked] = _not_one_to_one(selection.index, parameter, form)
+        selection.remembered[asked] = _not_one_to_one(selection.of_kinds_of_rows, parameter, form)
     return str(selection.remembered[asked])
 
 
@@ -110,7 +110,7 @@ def _not_one_to_one(index: Tensor, parameter: Tensor, form: Form) -> str:
     if parameter.dim() < event or parameter.shape[-event:] != index.shape[-event:]:
         return "only part of a row of the parameter is used"
     size = math.prod(parameter.shape[-event:])
-    rows = (index[:1] if index.stride(0) == 0 else index).reshape(-1, size)
+    rows = index.reshape(-1, size)
     rows = rows[(rows >= 0).any(-1)]
     if bool((rows < 0).any()):
         return "a row is partly constant"
