@@ -2,7 +2,8 @@
 
 A plain run of a mixture looks up one covariance matrix per datum: N × D × D numbers, several times.
 Only their shapes are of use. A *shadow* is a tensor without numbers (on torch's ``meta`` device);
-whatever is computed from one is a shadow too, costs nothing, and refuses to be read as a number.
+whatever is computed from one is a shadow too, costs nothing, and refuses to be read as a number. Tables
+that a model makes of its data, `x @ v.T`, can be shadows as well (`pyro_em.tracing.tables`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mod
 
 from pyro_em.tracing.operations import OperationLog, is_view
 from pyro_em.tracing.shadow_shapes import shadow_from
+from pyro_em.tracing.tables import Tables, as_shadows
 
 Operation = Callable[..., Any]
 
@@ -131,10 +133,14 @@ class Unwatched:
             self.log.is_aside = False
 
 
-def spending_at_most(limit: int) -> TorchDispatchMode:
+def spending_at_most(limit: int, tables: Tables | None = None) -> TorchDispatchMode:
     """A block that raises `Overspent` when its operations have allocated ``limit`` bytes in all.
 
     What looks up or draws much is stopped before it does.
+
+    Args:
+        limit: In bytes.
+        tables: Tables that stop it before they are made, too.
     """
     spent = 0
 
@@ -148,6 +154,10 @@ def spending_at_most(limit: int) -> TorchDispatchMode:
         foresee = _FORESEEN.get(func)
         if foresee is not None:
             spend(foresee(*args, **kwargs))
+            return func(*args, **kwargs)
+        table = None if tables is None else tables.instead_of(func, args, kwargs)
+        if table is not None:
+            spend(table.numel() * table.element_size())
             return func(*args, **kwargs)
         out = func(*args, **kwargs)
         for t in out if isinstance(out, (tuple, list)) else (out,):
@@ -186,15 +196,22 @@ _FORESEEN: Mapping[Operation, Callable[..., int]] = {
 class Shadows:
     """The shadows of one run: ``with Shadows() as s:`` tensors and shadows may meet in the block.
 
-    Attributes:
+    Args:
         device: Where the tensors are in whose place the shadows stand.
+        tables: What is a table, which gets a shadow too; None where what is made of numbers has some.
+
+    Attributes:
+        device: As given, or as found.
+        has_tables: Whether a table got one.
 
     Raises:
         NumbersNeeded: If the block fails in any way: it might not with numbers.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device | None = None, tables: Tables | None = None) -> None:
         self.device = torch.device("cpu") if device is None else device
+        self.has_tables = False
+        self._tables = tables
         self._makes_one = False
 
     def __enter__(self) -> Shadows:
@@ -217,9 +234,23 @@ class Shadows:
         finally:
             self._makes_one = False
 
+    def let_go(self) -> None:
+        """The run is over: a table that its model has kept gets numbers."""
+        if self._tables is not None:
+            self._tables.give_numbers()
+
     def _handle(self, func: Operation, args: tuple, kwargs: dict[str, Any]) -> Any:
         if _holds_shadow(args) or (kwargs and _holds_shadow(kwargs.values())):
-            return _shadowed(func, args, kwargs)
+            out = _shadowed(func, args, kwargs, self._tables)
+            if self.has_tables and self._tables is not None:
+                self._tables.note(out, func, args, kwargs)
+            return out
+        if self._tables is not None:
+            table = self._tables.instead_of(func, args, kwargs)
+            if table is not None:
+                self.has_tables = True
+                self._tables.note(table, func, args, kwargs)
+                return table
         if kwargs.get("device") != _META or self._makes_one:
             return func(*args, **kwargs)
         out = func(*args, **kwargs)  # made on the device of a shadow, from nothing
@@ -237,12 +268,14 @@ def judging_shadows() -> Iterator[None]:
         raise NumbersNeeded from error
 
 
-def _shadowed(func: Operation, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _shadowed(func: Operation, args: tuple, kwargs: dict[str, Any], tables: Tables | None) -> Any:
     for i, name in _written(func):
         value = args[i] if i < len(args) else kwargs.get(name)
-        if isinstance(value, Tensor) and not value.is_meta:
+        if not isinstance(value, Tensor):
+            continue
+        if not value.is_meta or (tables is not None and tables.has(value)):
             raise NumbersNeeded  # numbers that the model holds would be wrong afterwards
-    args, kwargs = tuple(map(_as_shadow, args)), {k: _as_shadow(a) for k, a in kwargs.items()}
+    args, kwargs = as_shadows(args, kwargs)
     if kwargs.get("device") is not None:
         kwargs["device"] = _META
     out = shadow_from(func, args, kwargs)
@@ -262,15 +295,6 @@ def _holds_shadow(values: Iterable[Any]) -> bool:
     return False
 
 
-def _as_shadow(value: Any) -> Any:
-    """An operation's argument with shadows in place of tensors."""
-    if isinstance(value, Tensor):
-        return shadow_of(value)
-    if isinstance(value, (list, tuple)):
-        return [_as_shadow(v) for v in value]
-    return value
-
-
 _writes: dict[Operation, tuple[tuple[int, str], ...]] = {}
 
 
@@ -288,10 +312,3 @@ def _written(func: Any) -> tuple[tuple[int, str], ...]:
 def is_shadow(value: Any) -> bool:
     """Whether something is a tensor without numbers."""
     return isinstance(value, Tensor) and value.is_meta
-
-
-def shadow_of(t: Tensor) -> Tensor:
-    """A shadow with the layout of a tensor."""
-    if t.is_meta:
-        return t
-    return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="meta")

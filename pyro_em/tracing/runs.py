@@ -45,7 +45,7 @@ from pyro_em.tracing.randomness import (
     set_random_state,
 )
 from pyro_em.tracing.sites import factors_in, latents_in
-from pyro_em.tracing.sparing import DrawNothing, SpendLittle
+from pyro_em.tracing.sparing import DrawNothing, SpendLittle, validate_nothing
 from pyro_em.tracing.stored import (
     forget_all_but,
     holds_shadows,
@@ -53,6 +53,7 @@ from pyro_em.tracing.stored import (
     store_as_it_is,
     was_cleared,
 )
+from pyro_em.tracing.tables import Tables
 from pyro_em.tracing.tagged import TaggedDistributions
 from pyro_em.tracing.whole import LeftWhole
 
@@ -147,6 +148,7 @@ def plain_run(
     *,
     keep_random_state: bool,
     sparing: bool = False,
+    tables: bool = True,
 ) -> Run:
     """Run a model once as Pyro would, with validation on; parameters are initialised.
 
@@ -157,6 +159,7 @@ def plain_run(
         keep_random_state: Whether the global random state is restored.
         sparing: Whether a run that allocates much is broken off and done again with shadows in
             place of large latents; their arguments then have to be validated elsewhere.
+        tables: Whether tables that it makes of many rows may then be shadows too.
 
     Raises:
         RunFailed: If the model raises.
@@ -166,13 +169,18 @@ def plain_run(
         if not sparing:
             return _plain_run(model, args, kwargs)
         begin, known = random_state(), frozenset(pyro.get_param_store()._params)
+        found = _tables_of(args, kwargs) if tables else None
         try:
-            return _plain_run(model, args, kwargs, SpendLittle(_PLAIN_BYTES))
+            return _plain_run(model, args, kwargs, SpendLittle(_PLAIN_BYTES, found))
         except Overspent:
             set_random_state(begin)
             forget_all_but(known)  # the next run draws their starts from the same state
             return_freed_memory(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
-        return _run_with_shadows(model, args, kwargs)
+        return _run_with_shadows(model, args, kwargs, found)
+
+
+def _tables_of(args: tuple, kwargs: Mapping[str, Any]) -> Tables | None:
+    return Tables.beside((*args, *kwargs.values()), validate_nothing)
 
 
 def first_run_again(
@@ -196,6 +204,9 @@ def first_run_again(
         validated: Whether distributions validate their arguments.
         begin: The present random state, where the caller has it.
 
+    Returns:
+        The run, without its sites where these have shadows.
+
     Raises:
         RunFailed: If the model raises; the random state and the parameters are as before.
         NumbersNeeded: If the model raises with shadows, or would need them now; likewise.
@@ -205,7 +216,9 @@ def first_run_again(
     with same_random_state(keep_random_state):
         try:
             if shadowed:
-                return _run_with_shadows(model, args, kwargs)
+                return _without_sites(
+                    _run_with_shadows(model, args, kwargs, _tables_of(args, kwargs))
+                )
             return _plain_run(model, args, kwargs, SpendLittle(_PLAIN_BYTES), validated=validated)
         except BaseException as error:
             forget_all_but(known)
@@ -215,17 +228,33 @@ def first_run_again(
             raise
 
 
-def _run_with_shadows(model: Model, args: tuple, kwargs: dict[str, Any]) -> Run:
-    known = frozenset(pyro.get_param_store()._params)
+def _run_with_shadows(
+    model: Model, args: tuple, kwargs: dict[str, Any], tables: Tables | None
+) -> Run:
+    """A run with shadows of large latents, and of tables; where these have to have numbers, without."""
+    known, begin = frozenset(pyro.get_param_store()._params), random_state()
+    shadows = Shadows(tables=tables)
     try:
-        with Shadows() as shadows:
+        with shadows:
             run = _plain_run(model, args, kwargs, nullcontext(DrawNothing(shadows)))
         if holds_shadows():
             raise NumbersNeeded
-    except BaseException:
+    except BaseException as error:
         forget_all_but(known)
-        raise
-    return replace(run, shadows=shadows)
+        if not isinstance(error, NumbersNeeded) or not shadows.has_tables:
+            raise
+    else:
+        return replace(run, shadows=shadows)
+    shadows.let_go()
+    set_random_state(begin)
+    return _run_with_shadows(model, args, kwargs, None)
+
+
+def _without_sites(run: Run) -> Run:
+    shadows, run = run.shadows, replace(run, sites={}, shadows=None)
+    if shadows is not None:
+        shadows.let_go()
+    return run
 
 
 def _plain_run(

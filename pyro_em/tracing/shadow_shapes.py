@@ -51,6 +51,18 @@ _OF_FIRST = frozenset(
 
 _INDICES = (torch.int64, torch.int32)
 
+# What is laid out anew, in whatever order arguments are.
+_LAID_ANEW = frozenset(
+    {
+        _aten.mm.default,
+        _aten.bmm.default,
+        _aten.mv.default,
+        _aten.addmm.default,
+        _aten.embedding.default,
+        _aten.index_select.default,
+    }
+)
+
 
 def shadow_from(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The shadow of an operation's result, laid out as torch lays out the result; None if unknown.
@@ -63,7 +75,7 @@ def shadow_from(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     given = _named(func, args, kwargs)
     if given is None:
         return None
-    packed = given.get("memory_format") == torch.contiguous_format
+    packed = func in _LAID_ANEW or given.get("memory_format") == torch.contiguous_format
     if not packed and not all(_is_in_order(t) for t in _tensors(given.values())):
         return None
     own = _OWN.get(func)
@@ -80,6 +92,8 @@ def _named(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, 
     """The arguments by their names; None of an operation that is not looked at."""
     schema, tags = func._schema, func.tags
     if torch.Tag.nondeterministic_seeded in tags:
+        return None
+    if kwargs.get("layout") not in (None, torch.strided):
         return None
     if kwargs.get("memory_format") not in (None, torch.contiguous_format, torch.preserve_format):
         return None
@@ -132,6 +146,26 @@ def _gathered(given: dict[str, Any]) -> Tensor:
     return _shadow(tuple(given["index"].shape), given["self"].dtype)
 
 
+def _rows_of(given: dict[str, Any]) -> Tensor:
+    """What an embedding and ``index_select`` look up."""
+    if "weight" in given:
+        source, dim, index = given["weight"], 0, given["indices"]
+    else:
+        source, dim, index = given["self"], given["dim"] % given["self"].dim(), given["index"]
+    shape = (*source.shape[:dim], *index.shape, *source.shape[dim + 1 :])
+    return _shadow(shape, source.dtype)
+
+
+def _made_of_nothing(given: dict[str, Any]) -> Tensor:
+    """What ``torch.zeros(shape)`` and its like make."""
+    made = {"dtype": given.get("dtype"), "device": "cpu"}
+    if "fill_value" in given:
+        one = torch.full((), given["fill_value"], **made)
+    else:
+        one = torch.zeros((), **made)
+    return _shadow(tuple(given["size"]), one.dtype)
+
+
 def _joined(given: dict[str, Any]) -> Tensor | None:
     tensors, dim = given["tensors"], given.get("dim", 0)
     if any(t.dim() != tensors[0].dim() or t.dtype != tensors[0].dtype for t in tensors):
@@ -153,7 +187,7 @@ def _stacked(given: dict[str, Any]) -> Tensor | None:
 
 def _product(given: dict[str, Any]) -> Tensor | None:
     """A product of matrices, of stacks of them, or of a matrix with a vector."""
-    a: Tensor = given["self"]
+    a: Tensor = given["mat1"] if "mat1" in given else given["self"]
     b: Tensor = given["vec"] if "vec" in given else given["mat2"]
     if a.dtype != b.dtype or a.shape[-1] != b.shape[max(0, b.dim() - 2)]:
         return None
@@ -180,6 +214,12 @@ _OWN: dict[Any, Callable[[dict[str, Any]], Any]] = {
     _aten.mm.default: _product,
     _aten.bmm.default: _product,
     _aten.mv.default: _product,
+    _aten.addmm.default: _product,
+    _aten.embedding.default: _rows_of,
+    _aten.index_select.default: _rows_of,
+    _aten.zeros.default: _made_of_nothing,
+    _aten.ones.default: _made_of_nothing,
+    _aten.full.default: _made_of_nothing,
     _aten.linalg_cholesky_ex.default: _root,
 }
 

@@ -43,7 +43,7 @@ from pyro_em.graph.findings.value_checks import (
 )
 from pyro_em.graph.structure import Plate, Structure
 from pyro_em.graph.unregistered import unregistered
-from pyro_em.tracing.allocation import NumbersNeeded, is_shadow, judging_shadows
+from pyro_em.tracing.allocation import NumbersNeeded, Shadows, is_shadow, judging_shadows
 from pyro_em.tracing.feasible import feasible_event
 from pyro_em.tracing.loops import current_series
 from pyro_em.tracing.missing import has_missing
@@ -96,16 +96,27 @@ def examine(
     refuse_without_numbers(given_arguments(model, args, kwargs))
     watched = Watched(model, args, kwargs)
     how = (max_plate_nesting, guide_given, watched, max_enumeration)
-    if sparing:
-        begin = random_state()
+    begin, tables = random_state(), True
+    while sparing:
+        shadows: Shadows | None = None
         try:
-            plain = run_plainly(model, args, kwargs, first_look, sparing=True)
-            with judging_shadows() if plain.shadows else nullcontext():
+            plain = run_plainly(model, args, kwargs, first_look, sparing=True, tables=tables)
+            shadows = plain.shadows
+            with judging_shadows() if shadows else nullcontext():
                 plain, foreign = _without_graphs(model, args, kwargs, plain)
-                return _findings(model, args, kwargs, plain, foreign, *how)
+                if shadows:
+                    shadows.let_go()
+                found = _findings(model, args, kwargs, plain, foreign, *how)
+            if shadows:
+                shadows.let_go()
+            return found
         except NumbersNeeded:
             set_random_state(begin)
-            logger.debug("the model reads numbers off its latents: it is run with draws")
+            tables = False  # what the model makes of its data has numbers in the next run
+            sparing = shadows is not None and shadows.has_tables
+            logger.debug("the model reads numbers without which it was run: it is run with them")
+        if shadows:
+            shadows.let_go()
     plain = run_plainly(model, args, kwargs, first_look)
     plain, foreign = _without_graphs(model, args, kwargs, plain)
     return _findings(model, args, kwargs, plain, foreign, *how)

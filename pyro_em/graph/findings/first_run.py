@@ -33,7 +33,12 @@ def name_of_distribution(site: Mapping[str, Any]) -> str:
 
 
 def run_plainly(
-    model: Model, args: tuple, kwargs: dict[str, Any], first_look: bool, sparing: bool = False
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    first_look: bool,
+    sparing: bool = False,
+    tables: bool = True,
 ) -> Run:
     """Run a model once as it is.
 
@@ -43,12 +48,14 @@ def run_plainly(
         kwargs: Its keyword arguments.
         first_look: Whether the run may advance the random state.
         sparing: Whether large latents may be without numbers.
+        tables: Whether tables that the model makes of many rows may then be so, too.
 
     Raises:
         PyroEMError: If it fails, with the likelier causes first.
     """
     try:
-        run = plain_run(model, args, kwargs, keep_random_state=not first_look, sparing=sparing)
+        how = {"keep_random_state": not first_look, "sparing": sparing, "tables": tables}
+        run = plain_run(model, args, kwargs, **how)
         tell_of_starts(run.parameters)
         return run
     except RunFailed as failure:

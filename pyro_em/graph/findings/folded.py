@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_em.graph.forms import forms_of, in_forms
+from pyro_em.tracing.allocation import is_shadow
 from pyro_em.tracing.sites import factors_in
 
 _MANY = 64  # sites of one form from which on they are stacked
@@ -103,10 +104,16 @@ class Folded(Mapping[str, Mapping[str, Any]]):
 def without_graphs(sites: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The same sites with detached distributions, where they are many or large, and draws.
 
-    What a distribution of the user's own class holds is left as it is.
+    What a distribution of the user's own class holds is left as it is. Shadows are others, too: those
+    of the run are then nobody's but the model's.
     """
     out = dict(sites)
-    for name, site in factors_in(sites).items():
+    for name, site in sites.items():
+        if _has_shadows(site):
+            own = {id(t): t.detach() for t in _tensors(site["fn"])}
+            fn, value = _with_tensors(site["fn"], own), site["value"]
+            out[name] = {**site, "fn": fn, "value": value.detach() if is_shadow(value) else value}
+    for name, site in factors_in(out).items():
         fn, value = site["fn"], site["value"]
         if len(sites) < _MANY and not (isinstance(value, Tensor) and value.numel() > _SMALL):
             continue
@@ -116,6 +123,14 @@ def without_graphs(sites: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, A
         if not site["is_observed"] and isinstance(value, Tensor) and value.grad_fn is not None:
             out[name] = {**out[name], "value": value.detach()}
     return out
+
+
+def _has_shadows(site: Mapping[str, Any]) -> bool:
+    """Whether a site whose distribution is of a known form holds shadows."""
+    fn = site["fn"]
+    if site["type"] != "sample" or not isinstance(fn, Distribution) or not _is_known(fn):
+        return False
+    return is_shadow(site["value"]) or any(map(is_shadow, _tensors(fn)))
 
 
 def _is_known(fn: Distribution) -> bool:
