@@ -30,6 +30,7 @@ from torch.distributions import constraints
 
 from pyro_em.distributions import bounds
 from pyro_em.families.form import Curve, Form, Spread
+from pyro_em.families.short_rows import log_softmax
 
 
 class Mean(Form):
@@ -233,7 +234,7 @@ class Simplex(Form):
 
     def of_predictor(self, n: Tensor, d: Tensor, eta: Tensor) -> Curve:
         """See `Form.of_predictor`: Σ_k n_k log softmax(η)_k."""
-        log_p = eta.movedim(-1, 0).log_softmax(0).movedim(0, -1)  # rows are short: quicker so
+        log_p = log_softmax(eta)
         mean = n.sum(-1, keepdim=True) * log_p.exp()
         return Curve((n * log_p).sum(-1), n - mean, mean)
 

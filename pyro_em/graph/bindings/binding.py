@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.expanded import once_each
+from pyro_em.families.short_rows import log_softmax, softmax
 from pyro_em.graph.bindings.expression import Expression
 from pyro_em.graph.bindings.jacobian import Jacobian
 from pyro_em.graph.bindings.jacobian import joined as joined_jacobians
@@ -411,7 +412,7 @@ LINKS = {
     "": Link(lambda a: a, lambda a: a),
     "exp": Link(torch.exp, torch.log),
     "sigmoid": Link(torch.sigmoid, torch.logit),
-    "softmax": Link(lambda a: a.softmax(-1), torch.log),
+    "softmax": Link(softmax, torch.log),
 }
 
 
@@ -419,7 +420,7 @@ def normalised(rows: Tensor, how: str) -> Tensor:
     """Rows as a distribution holds them: probabilities summing to one, or logits so shifted."""
     if how == "probs":
         return rows / rows.sum(-1, keepdim=True)
-    return rows.log_softmax(-1) if how == "logits" else rows
+    return log_softmax(rows) if how == "logits" else rows
 
 
 def power_map(exponent: float) -> ElementwiseMap:
