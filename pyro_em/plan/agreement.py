@@ -40,7 +40,9 @@ def disagreements_of(
     return_freed_memory([group.value for group in program.graph.groups])
     current = values_of(program.graph.parameters) if current is None else current
     predicted_at = {**current, **(values or {})}
-    graph, given = at_zero(program.graph), (program.args, program.structure)
+    graph, given = program.graph, (program.args, program.structure)
+    if program.lines or program.conjugates is not None:
+        graph = at_zero(graph)
     slices = Slices.of(program.args, program.kwargs, program.structure) if graph.parted else None
     if slices is not None:  # a few rows say of all what the model does
         rows = slices.spread(_FEW)

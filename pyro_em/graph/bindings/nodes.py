@@ -1,7 +1,8 @@
-"""Autograd graphs as they are read: their nodes by name, and derivatives between two places."""
+"""Autograd graphs as they are read: nodes by name, maps that they are, derivatives between places."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from pyro_em.graph.bindings.binding import MAPS, ElementwiseMap, power_map
 from pyro_em.tracing.without_sympy import pull_back
 
 VIEWS = frozenset(
@@ -143,12 +145,6 @@ def variables_below(node: Node) -> list[Tensor]:
     return [n.variable for n in nodes_below(node) if is_leaf(n)]  # type: ignore[attr-defined]
 
 
-def operation_below(node: Node) -> Node | None:
-    """A node, or one below it, that does more than move elements of leaves; None where none does."""
-    below = nodes_below(node)
-    return next((n for n in below if not is_leaf(n) and n.name() not in VIEWS), None)
-
-
 def normalisation(node: Node) -> tuple[Node, int] | None:
     """The input x of a node x / x.sum(−1) or x − x.logsumexp(−1), if it is one."""
     parents = inputs_of(node)
@@ -159,6 +155,45 @@ def normalisation(node: Node) -> tuple[Node, int] | None:
         return None
     below = inputs_of(total)
     return (x, i) if len(below) == 1 and below[0] == (x, i) else None
+
+
+def read_maps(node: Node) -> tuple[tuple[ElementwiseMap, ...], bool, str]:
+    """Elementwise maps and a known factor between a node and its leaves.
+
+    Returns:
+        The maps (innermost first), whether there is a constant factor outside them, and a reason
+        why the graph is no selection (empty when it is).
+    """
+    maps: list[ElementwiseMap] = []
+    has_factor = False
+    while not is_leaf(node):
+        parents, base = inputs_of(node), base_name(node)
+        if node.name() in VIEWS:
+            if len(parents) > 1:
+                break
+        elif base in MAPS and len(parents) == 1:
+            if base == "Softplus" and getattr(node, "_saved_beta", 1) != 1:
+                return (), False, "softplus with a beta other than one"
+            maps.append(MAPS[base])
+        elif base == "Pow" and len(parents) == 1:
+            exponent = float(getattr(node, "_saved_exponent", math.nan))
+            if not math.isfinite(exponent) or exponent == 0:
+                return (), False, "a power whose exponent is not a known number"
+            maps.append(power_map(exponent))
+        elif base in ("Mul", "Div") and len(parents) == 1 and all(m.is_power for m in maps):
+            # A power of c θ is a power of θ times one of c.
+            # A division *by* the parameter shows the same node; the check below refuses it.
+            if base == "Div" and node.next_functions[0][0] is None:
+                return (), False, "a division by the parameter"
+            has_factor = True
+        else:
+            return (), False, f"an operation that is no selection reaches it ({base.lower()})"
+        node = parents[0][0]
+    other = next((n for n in nodes_below(node) if not is_leaf(n) and n.name() not in VIEWS), None)
+    if other is not None:
+        name = base_name(other).lower()
+        return (), False, f"an operation that is no selection reaches it ({name})"
+    return tuple(reversed(maps)), has_factor, ""
 
 
 def forward_maps(

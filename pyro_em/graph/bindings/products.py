@@ -26,11 +26,12 @@ from pyro_em.graph.bindings.nodes import (
     is_leaf,
     output_shape,
     point_at,
+    read_maps,
     through_views,
     variables_below,
 )
 from pyro_em.graph.bindings.reached import Reached
-from pyro_em.graph.bindings.selections import is_right, read_maps
+from pyro_em.graph.bindings.selections import is_right
 
 Leaves = Mapping[str, Tensor]
 

@@ -7,23 +7,13 @@ selection has one nonzero per row of J: (J t) / (J 1) is the index map, and the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
-from pyro_em.graph.bindings.binding import MAPS, Binding, ElementwiseMap, Selection, power_map
-from pyro_em.graph.bindings.nodes import (
-    VIEWS,
-    base_name,
-    below_normalisation,
-    forward_maps,
-    inputs_of,
-    is_leaf,
-    operation_below,
-)
+from pyro_em.graph.bindings.binding import Binding, Selection
+from pyro_em.graph.bindings.nodes import below_normalisation, forward_maps, read_maps
 from pyro_em.graph.bindings.reached import Reached
 
 
@@ -107,42 +97,3 @@ def is_right(selection: Binding, leaves: Mapping[str, Tensor]) -> bool:
     else:
         near = predicted == constant
     return bool(near.all())
-
-
-def read_maps(node: Node) -> tuple[tuple[ElementwiseMap, ...], bool, str]:
-    """Elementwise maps and a known factor between a node and its leaves.
-
-    Returns:
-        The maps (innermost first), whether there is a constant factor outside them, and a reason
-        why the graph is no selection (empty when it is).
-    """
-    maps: list[ElementwiseMap] = []
-    has_factor = False
-    while not is_leaf(node):
-        parents, base = inputs_of(node), base_name(node)
-        if node.name() in VIEWS:
-            if len(parents) > 1:
-                break
-        elif base in MAPS and len(parents) == 1:
-            if base == "Softplus" and getattr(node, "_saved_beta", 1) != 1:
-                return (), False, "softplus with a beta other than one"
-            maps.append(MAPS[base])
-        elif base == "Pow" and len(parents) == 1:
-            exponent = float(getattr(node, "_saved_exponent", math.nan))
-            if not math.isfinite(exponent) or exponent == 0:
-                return (), False, "a power whose exponent is not a known number"
-            maps.append(power_map(exponent))
-        elif base in ("Mul", "Div") and len(parents) == 1 and all(m.is_power for m in maps):
-            # A power of c θ is a power of θ times one of c.
-            # A division *by* the parameter shows the same node; the check below refuses it.
-            if base == "Div" and node.next_functions[0][0] is None:
-                return (), False, "a division by the parameter"
-            has_factor = True
-        else:
-            return (), False, f"an operation that is no selection reaches it ({base.lower()})"
-        node = parents[0][0]
-    other = operation_below(node)
-    if other is not None:
-        name = base_name(other).lower()
-        return (), False, f"an operation that is no selection reaches it ({name})"
-    return tuple(reversed(maps)), has_factor, ""
