@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -14,6 +15,7 @@ from pyro import poutine
 from pyro.poutine.markov_messenger import MarkovMessenger
 from torch import Tensor
 
+from pyro_em import ExactPosteriorEM
 from pyro_em.tracing.allocation import Overspent, size_guard
 from pyro_em.tracing.calls import CallLog
 from pyro_em.tracing.capture import ParameterCapture
@@ -134,6 +136,27 @@ def test_a_context_of_many_runs_counts_scopes_where_they_are_asked_for() -> None
         assert scopes(LeanTrace()) == own
     assert scopes(EnumTrace(first_available_dim=-1)) == own
     assert scopes(poutine.trace()) == own
+
+
+def test_a_loop_with_an_intervention_is_that_of_the_mutilated_model() -> None:
+    x = torch.tensor([0, 1, 1, 0, 1])
+
+    def model() -> None:
+        E = pyro.param("E", torch.tensor([[0.9, 0.1], [0.4, 0.6]]))
+        z: Any = 0
+        for t in pyro.markov(range(5)):
+            z = latent(f"z_{t}", z)
+            pyro.sample(f"x_{t}", dist.Categorical(E[z]), obs=x[t])
+
+    pyro.clear_param_store()
+    em = ExactPosteriorEM(poutine.do(model, data={"z_2": torch.tensor(1)}))
+    em.plan()
+    found, E, total = em.score(), pyro.param("E").detach(), torch.zeros(())
+    for z in itertools.product((0, 1), repeat=5):
+        path = zip((0, *z), z, range(5), strict=False)
+        steps = [E[b, x[t]] * (K[a, b] if t != 2 else 1.0) for a, b, t in path]
+        total += torch.stack(steps).prod() * (z[2] == 1)
+    assert float(found) == pytest.approx(float(total.log()), rel=1e-5)
 
 
 def _is_whole_support(site: Any) -> bool:
