@@ -2,7 +2,8 @@
 
 A group of factors is evaluated in one of these ways, the first that fits (`layout`, `rules`):
 
-    linear       simplex rows, probabilities and rates of all groups as one vector (`natural`, `linear`)
+    linear       simplex rows, probabilities and rates of all groups as one vector (`natural`,
+                 `linear`), the features of rows as one product (`row_features`)
     regressions  arguments that are affine in covariates: Normals (`regression`, `vector_regression`),
                  predictors of other families (`predicted`), those with a dispersion (`dispersed`)
     components   arguments that differ between components only: `gaussian` (its own M-step `components`,

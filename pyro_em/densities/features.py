@@ -1,4 +1,4 @@
-"""Linear groups inside a kernel: products over features of rows, tables of a latent, known counts."""
+"""Linear groups inside a kernel: features of rows, tables of a latent, known counts."""
 
 from __future__ import annotations
 
@@ -84,37 +84,30 @@ class Known:
     base: float
 
 
-def counted(
-    group: Group, features: Sequence[Feature], base: Tensor, K: int, *, members_are_rows: bool
-) -> Counted | None:
+def counted(group: Group, features: Sequence[Feature], base: Tensor, K: int) -> Counted | None:
     """The rows of a group; None where an element of η depends on them.
 
     Args:
-        group: A group whose last dimension is the latent and whose data do not depend on it.
+        group: A group whose last dimension is the latent and whose data do not depend on it; each
+            member has rows of its own, before plates (the steps of a chain). Where all members read
+            the same rows, see `pyro_em.densities.row_features`.
         features: Its features.
         base: h.
         K: Values of the latent.
-        members_are_rows: Whether each member has rows of its own, before plates (the steps of a
-            chain), or all members read the same rows (the items of a questionnaire).
     """
     lead = 1 + group.n_plates
     sizes = [len(group.members), *group.sizes[: group.n_plates]]
-    weight = _weights(group)
+    weight = weights_of(group)
     if base.shape[lead] != 1:
         return None
-    h = _where_counted(base, weight).squeeze(lead).expand(sizes)
-    codes = features[0].codes if members_are_rows and weight is None else None
+    h = where_counted(base, weight).squeeze(lead).expand(sizes)
+    codes = features[0].codes if weight is None else None
     if codes is not None:
         codes = codes.squeeze(tuple(range(lead, codes.dim()))).expand(sizes).reshape(-1)
         few = [len(features[0].few), *(1,) * group.n_plates]
-    if not members_are_rows:
-        h, sizes[0] = h.sum(0), 1
     phis, columns = [], []
     for part in features:
-        f, c = _weighted(part.f, weight) if codes is None else part.few, part.columns
-        if not members_are_rows:
-            f = f.expand(len(group.members), *f.shape[1:])
-            f, c = (t.movedim(0, lead).unsqueeze(0) for t in (f, c))
+        f, c = weighted(part.f, weight) if codes is None else part.few, part.columns
         if f.shape[lead] != 1 or any(size != 1 for size in c.shape[:lead]):
             return None
         read = sizes if codes is None else few
@@ -126,15 +119,6 @@ def counted(
         columns.append(c.reshape(c.shape[lead], -1).expand(K, -1))
     phi = phis[0] if len(phis) == 1 else torch.cat(phis)
     return Counted(phi, torch.cat(columns, 1), h.reshape(-1), codes)
-
-
-def merged(parts: Sequence[Counted]) -> Counted:
-    """Groups over the same rows as one."""
-    return Counted(
-        torch.cat([p.phi for p in parts]).contiguous(),
-        torch.cat([p.columns for p in parts], 1),
-        torch.stack([p.base for p in parts]).sum(0),
-    )
 
 
 def cells(group: Group, features: Sequence[Feature], base: Tensor) -> Cells:
@@ -162,10 +146,10 @@ def cells(group: Group, features: Sequence[Feature], base: Tensor) -> Cells:
 def known(group: Group, features: Sequence[Feature], base: Tensor) -> Known:
     """The sums of a group that reads no latent."""
     sizes = (len(group.members), *group.sizes)
-    weight = _weights(group)
+    weight = weights_of(group)
     columns, fs = [], []
     for part in features:
-        f = _weighted(part.f, weight)
+        f = weighted(part.f, weight)
         f = f.expand(*sizes, *f.shape[len(sizes) :])
         f, c = torch.broadcast_tensors(f, part.columns)
         total = f.new_zeros(int(c.max()) + 1).index_add_(0, c.reshape(-1), f.reshape(-1))
@@ -173,21 +157,22 @@ def known(group: Group, features: Sequence[Feature], base: Tensor) -> Known:
         columns.append(used)
         fs.append(total[used])
     return Known(
-        torch.cat(columns), torch.cat(fs), float(_where_counted(base, weight).expand(sizes).sum())
+        torch.cat(columns), torch.cat(fs), float(where_counted(base, weight).expand(sizes).sum())
     )
 
 
-def _weights(group: Group) -> Tensor | None:
+def weights_of(group: Group) -> Tensor | None:
     """Where a group counts; None where all of it does. # (members or 1, *sizes or 1s)"""
     return None if group.mask is None else group.mask.to(torch.float64)
 
 
-def _where_counted(base: Tensor, weight: Tensor | None) -> Tensor:
+def where_counted(base: Tensor, weight: Tensor | None) -> Tensor:
     """h where a datum counts; the value that stands for a masked one may be impossible."""
     return base if weight is None else torch.where(weight > 0, base * weight, 0.0)
 
 
-def _weighted(f: Tensor, weight: Tensor | None) -> Tensor:
+def weighted(f: Tensor, weight: Tensor | None) -> Tensor:
+    """A feature of data, as often as each counts."""
     if weight is None:
         return f
     return f * weight.reshape(weight.shape + (1,) * (f.dim() - weight.dim()))

@@ -14,6 +14,7 @@ all of it, and h, which is what is left over, is taken at one argument and check
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from pyro_em.graph.factors import Group
 from pyro_em.updates.expectations.statistics import known_statistics
 
 _FEW = 2**8  # numbers of a value whose linear form is remembered
+
+_CELLS = 2**18  # numbers of a value that are read at once
 
 # Those with complements after those without, and rates last: the order of `natural`.
 KINDS = tuple(
@@ -137,6 +140,9 @@ def _linear(group: Group, name: str, rule: Rule) -> Linear | None:
     if n.dim() != batch + event or d.dim() != batch + event:
         return None
     n, d = n.to(torch.float64), d.to(torch.float64)
+    if d.dim() > 1 and d.shape[1] > 1 and bool((d == d[:, :1]).all()):
+        d = d[:, :1].clone()  # one rate of each row: no row has its own exposure
+    del statistics  # of vectors as many numbers as the data
     if group.observed and would_cancel(rule.kind, n, d):
         return None
     if event == 0:
@@ -144,13 +150,8 @@ def _linear(group: Group, name: str, rule: Rule) -> Linear | None:
     if group.elements is not None:
         counted = group.elements.reshape(group.elements.shape + (1,) * event)
         n, d = n * counted, d * counted
-    bases = [_rest(group, rule, name, constants, n, d, which) for which in (0, 1)]
-    observed = bases
-    if group.mask is not None:
-        observed = [torch.where(group.mask, base, 0.0) for base in bases]
-    if not torch.allclose(observed[0], observed[1], rtol=1e-9, atol=1e-9):
-        return None
-    return Linear(name, rule, n, d, bases[0], codes)
+    base = _base(group, rule, name, constants, n, d)
+    return None if base is None else Linear(name, rule, n, d, base, codes)
 
 
 def _narrow(constant: Tensor, first: int, end: int) -> Tensor:
@@ -159,6 +160,35 @@ def _narrow(constant: Tensor, first: int, end: int) -> Tensor:
         one = constant.narrow(axis, 0, 1)
         constant = one if bool((constant == one).all()) else constant
     return constant
+
+
+def _base(
+    group: Group, rule: Rule, name: str, constants: dict[str, Tensor], n: Tensor, d: Tensor
+) -> Tensor | None:
+    """h; None where it differs between two arguments. Of many rows some at a time."""
+    value, out = group.value, []
+    rows = value.shape[1] if group.n_plates else 1
+    most = max(1, _CELLS * rows // max(value.numel(), 1))
+    for begin in range(0, rows, most):
+        some = partial(_some_rows, begin=begin, end=begin + most)
+        part = replace(
+            group,
+            value=some(value),
+            mask=None if group.mask is None else some(group.mask),
+            elements=None if group.elements is None else some(group.elements),
+        )
+        given = {a: some(c) for a, c in constants.items()}
+        bases = [_rest(part, rule, name, given, some(n), some(d), which) for which in (0, 1)]
+        one, other = (b if part.mask is None else torch.where(part.mask, b, 0.0) for b in bases)
+        if not torch.allclose(one, other, rtol=1e-9, atol=1e-9):
+            return None
+        out.append(bases[0])
+    return out[0] if len(out) == 1 else torch.cat(out, 1)
+
+
+def _some_rows(t: Tensor, begin: int, end: int) -> Tensor:
+    """Some elements of the first plate."""
+    return t[:, begin:end] if t.dim() > 1 and t.shape[1] > 1 else t
 
 
 def _rest(

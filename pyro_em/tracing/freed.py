@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MANY = 2**20  # numbers of a tensor from which on runs of a model leave much
+_MANY = 2**19  # numbers of a tensor from which on runs of a model leave much
 
 
 @cache

@@ -140,6 +140,7 @@ def on_sums(program: Program, data: Parted | None = None) -> OnSums | None:
     block = program.kernel.block
     if block is None or (data is not None and not data.is_quick):
         return None
+    return_freed_memory(group.value for group in program.graph.groups)  # left by its making
     keep_freed_memory()
     return OnSums(program, block, data)
 

@@ -109,7 +109,7 @@ class StepGroups:
             if g in linears and _reads_no_row(groups[g]):
                 tables[g] = cells(groups[g], *linears[g])
             elif g in linears:
-                part = counted(groups[g], *linears[g], K, members_are_rows=True)
+                part = counted(groups[g], *linears[g], K)
                 if part is None:
                     site = groups[g].members[0]
                     what = f"the parameters of '{site}' differ from sequence to sequence: no kernel"

@@ -21,7 +21,6 @@ from torch import Tensor
 from pyro_em.densities.counts import CountRows
 from pyro_em.densities.density import Divisible
 from pyro_em.densities.exponential import Exponential
-from pyro_em.densities.features import Counted
 from pyro_em.densities.gaussian import Gaussian
 from pyro_em.densities.layout import Layout
 from pyro_em.densities.student import StudentRows
@@ -158,9 +157,7 @@ class GroupedRows(Mixture):
         self, at: At, eta: Tensor | None, table: Tensor, may_clamp: bool, sums: Collected
     ) -> None:
         """Add all rows, each with its row of a table of groups."""
-        thetas = [
-            None if f.linear is None else theta_of_linear(eta, f.linear) for f in self.factors
-        ]
+        thetas = [theta_of_linear(eta, f.linear) for f in self.factors]
         mass = torch.zeros_like(table)
         for begin in range(0, self.N, self.chunk):
             rows = slice(begin, min(begin + self.chunk, self.N))
@@ -181,7 +178,7 @@ class GroupedRows(Mixture):
         for number, (first, end) in enumerate(zip(begins, self.ends, strict=True)):
             cells = slice(number * self._cells, (number + 1) * self._cells)
             factors = [_of_cells(f, cells, self._cells) for f in self.factors]
-            thetas = [None if f.linear is None else theta_of_linear(eta, f.linear) for f in factors]
+            thetas = [theta_of_linear(eta, f.linear) for f in factors]
             own, by_group = self._at_cells(at, cells), Collected(self.N)
             constant = table[number].unsqueeze(-1)
             mass = torch.zeros_like(table[0])
@@ -215,7 +212,7 @@ class GroupedRows(Mixture):
         self,
         at: At,
         factors: tuple[RowFactors, ...] | list[RowFactors],
-        thetas: list[Tensor | None],
+        thetas: list[tuple[Tensor, Tensor | None] | None],
         rows: slice,
         joint: Tensor,
         may_clamp: bool,
@@ -274,7 +271,5 @@ def _of_cells(f: RowFactors, cells: slice, count: int) -> RowFactors:
     """Factors as the rows of one group read them."""
     if 0 not in f.reads:
         return f
-    linear = f.linear
-    if linear is not None:
-        linear = Counted(linear.phi, linear.columns[cells], linear.base)
+    linear = None if f.linear is None else f.linear.at_cells(cells)
     return replace(f, K=count, linear=linear)

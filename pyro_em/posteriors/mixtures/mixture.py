@@ -20,9 +20,10 @@ from torch import Tensor
 
 from pyro_em.densities.compiled import CompiledRows, serves, swept
 from pyro_em.densities.density import NormalRows, checked, scattered
-from pyro_em.densities.features import Cells, Counted, Known, cells, counted, known, merged
+from pyro_em.densities.features import Cells, Known, cells, known
 from pyro_em.densities.gaussian import Gaussian
 from pyro_em.densities.layout import Layout
+from pyro_em.densities.row_features import Piece, RowFeatures, base_of, pieces_of
 from pyro_em.densities.rules import rule_of
 from pyro_em.densities.theta import At, Theta
 from pyro_em.errors import Finding
@@ -66,6 +67,7 @@ class Mixture(QuickBlock):
         known: Linear groups that read no latent.
         free: Other groups that read no latent.
         repeats: How often each row occurs, or its weight; None where each counts once. # (N,)
+        base: What no parameter reaches of the log evidence: of the rows, and of all.
     """
 
     graph: FactorGraph
@@ -77,11 +79,11 @@ class Mixture(QuickBlock):
     known: Mapping[int, Known]
     free: tuple[int, ...]
     repeats: Tensor | None
+    base: float = 0.0
     component: Component = field(init=False)
     theta: Theta = field(init=False)
     chunk: int = field(init=False)
     columns: Tensor = field(init=False)
-    base: float = field(init=False)
     total: float = field(init=False)
     normals: Mapping[int, NormalRows] = field(init=False)
 
@@ -120,12 +122,17 @@ class Mixture(QuickBlock):
         together: dict[tuple[int, ...], list[int]] = {}
         for g in shape.rowwise:
             together.setdefault(shape.reads[g], []).append(g)
-        factors = []
+        factors, base = [], 0.0
         for reads, own in together.items():
             found = _factors(graph, shape, layout, N, reads, own)
             if isinstance(found, Finding):
                 return found
             factors.append(found)
+            for g in own:
+                h = base_of(groups[g], linears[g][1], repeats) if g in linears else 0.0
+                if h is None:
+                    return why_not_constant(groups[g])
+                base += h
         return cls(
             graph,
             shape,
@@ -136,6 +143,7 @@ class Mixture(QuickBlock):
             {g: known(groups[g], *linears[g]) for g in shape.free if g in linears},
             tuple(g for g in shape.free if g not in linears),
             repeats,
+            base,
         )
 
     def __post_init__(self) -> None:
@@ -147,13 +155,9 @@ class Mixture(QuickBlock):
         self.chunk = max(min(1024, 2**20 // self._cells), min(32768, rows // 64 * 64))
         parts = [c.columns for c in self.cells.values()]
         parts += [k.columns for k in self.known.values()]
-        self.base = sum(k.base for k in self.known.values())
+        parts += [f.linear.entries for f in self.factors if f.linear is not None]
+        self.base += sum(k.base for k in self.known.values())
         self.total = float(self.N)
-        for f in self.factors:
-            if f.linear is not None:
-                parts.append(f.linear.columns.reshape(-1))
-                rows = f.linear.base if self.repeats is None else f.linear.base * self.repeats
-                self.base += float(rows.sum())
         if self.repeats is not None:
             self.total = float(self.repeats.sum())
         device = self.graph.groups[0].value.device
@@ -196,9 +200,7 @@ class Mixture(QuickBlock):
             found = self._swept(at, constant, *self._sole)
             if found is not None:
                 return self._summed(at, eta, found)
-        thetas = [
-            None if f.linear is None else theta_of_linear(eta, f.linear) for f in self.factors
-        ]
+        thetas = [theta_of_linear(eta, f.linear) for f in self.factors]
         sums = Collected(self.N)
         for begin in range(0, self.N, self.chunk):
             rows = slice(begin, min(begin + self.chunk, self.N))
@@ -342,7 +344,7 @@ class Mixture(QuickBlock):
             entries.append(k.f)
         for i, f in enumerate(self.factors):
             if f.linear is not None:
-                entries.append(sums[f"linear {i}"].reshape(-1))
+                entries.append(f.linear.counts(sums[f"linear {i}"], masses[f.reads]))
         counted = {
             g: sums[f"mass of {g}"] if g in f.counted else masses[f.reads]
             for f in self.factors
@@ -396,10 +398,14 @@ def _cells(group: Group, g: int, layout: Layout) -> Cells:
     return found
 
 
-def theta_of_linear(eta: Tensor | None, linear: Counted) -> Tensor:
-    """η of the columns of linear groups. # (K, P)"""
+def theta_of_linear(
+    eta: Tensor | None, linear: RowFeatures | None
+) -> tuple[Tensor, Tensor | None] | None:
+    """What linear groups are evaluated with; None where there are none."""
+    if linear is None:
+        return None
     assert eta is not None
-    return eta.take(linear.columns)
+    return linear.thetas(eta)
 
 
 def _factors(
@@ -412,17 +418,17 @@ def _factors(
 ) -> RowFactors | Finding:
     """Groups that read the same latents and rows, or why no kernel serves them."""
     K, linears, lines = math.prod(shape.sizes[i] for i in reads), layout.linears, layout.lines
-    parts: list[Counted] = []
+    pieces: list[Piece] = []
     normals: dict[int, NormalRows] = {}
     others: list[int] = []
     masks: dict[int, Tensor] = {}
     for g in groups:
         group = graph.groups[g]
         if g in linears:
-            part = counted(group, *linears[g], K, members_are_rows=False)
+            part = pieces_of(group, linears[g][0], K)
             if part is None:
                 return why_not_constant(group)
-            parts.append(part)
+            pieces += part
             continue
         mask = group.mask
         single = len(group.members) == 1 and (mask is None or mask.shape[2] == 1)
@@ -439,5 +445,5 @@ def _factors(
         normals[g] = rule
         if mask is not None:
             masks[g] = mask.reshape(-1).expand(N)
-    linear = merged(parts) if parts else None
+    linear = RowFeatures.of(pieces, N) if pieces else None
     return RowFactors(reads, K, linear, normals, tuple(others), masks)

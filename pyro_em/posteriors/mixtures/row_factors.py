@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.densities.density import KeepsRows, NormalRows
-from pyro_em.densities.features import Counted
+from pyro_em.densities.row_features import RowFeatures
 from pyro_em.densities.theta import At
 from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import FactorGraph, Group
@@ -92,7 +92,7 @@ class RowFactors:
 
     reads: tuple[int, ...]
     K: int
-    linear: Counted | None
+    linear: RowFeatures | None
     normals: Mapping[int, NormalRows]
     others: tuple[int, ...]
     counted: Mapping[int, Tensor]
@@ -108,21 +108,28 @@ class RowFactors:
         return AtRows(rows, features, {g: restricted(graph.groups[g], rows) for g in self.others})
 
     def log_density(
-        self, at: At, theta: Tensor | None, here: AtRows, onto: Tensor | None
+        self,
+        at: At,
+        theta: tuple[Tensor, Tensor | None] | None,
+        here: AtRows,
+        onto: Tensor | None,
     ) -> Tensor:
         """Log densities, added to what is there. # (K, rows)
 
         Args:
             at: Parameters.
-            theta: η of the linear groups' columns. # (K, P)
+            theta: See `RowFeatures.thetas`; None without linear groups.
             here: The rows.
             onto: # (K, rows or 1)
         """
         joint = onto
         if self.linear is not None:
             assert theta is not None
+            own, fixed = theta
+            if fixed is not None:
+                joint = fixed if joint is None else joint + fixed
             phi = self.linear.phi[:, here.rows]
-            joint = theta @ phi if joint is None else torch.addmm(joint, theta, phi)
+            joint = own @ phi if joint is None else torch.addmm(joint, own, phi)
         for g, rule in self.normals.items():
             if g not in self.counted:
                 joint = rule.log_density(at.prepared[g], here.features[g], joint)
