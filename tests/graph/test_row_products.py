@@ -133,3 +133,41 @@ def test_exposures_that_change_are_read_anew(by_rows: Callable[[], None]) -> Non
     pyro.clear_param_store()
     changed = em.fit(Y, e, G, max_steps=1, tol=0, progress=False).history[0]
     assert changed == fitted(exposures, e.clone(), 1)[1].history[0]
+
+
+def vectors(y: Tensor, e: Tensor, g: Tensor) -> None:
+    """Vectors whose entries share a conjugate scale of their row."""
+    start = torch.arange(1.0, K + 1, dtype=torch.float64)
+    mu = pyro.param("mu", torch.stack([0.3 * start, 1.5 - 0.4 * start], -1))
+    s = pyro.param("s", torch.full((K, 2), 0.3).double(), constraint=C.positive)
+    nu = pyro.param("nu", 2 + start, constraint=C.positive)
+    with pyro.plate("n", len(y)):
+        z = _component()
+        w = pyro.sample("w", dist.Gamma(nu[z] / 2, nu[z] / 2))
+        pyro.sample("x", dist.Normal(mu[z], s[z] / w.sqrt().unsqueeze(-1)).to_event(1), obs=e)
+
+
+def test_vectors_under_a_scale_of_their_row_go_in_parts(by_rows: Callable[[], None]) -> None:
+    _, whole = fitted(vectors, steps=3)
+    by_rows()
+    em, parted = fitted(vectors, steps=3)
+    assert "in chunks of rows" in str(em.plan(Y, E, G))
+    assert list(parted.history) == pytest.approx(list(whole.history), rel=1e-12)
+    for name, value in whole.params.items():
+        torch.testing.assert_close(parted.params[name], value, rtol=1e-9, atol=1e-12)
+
+
+def scaled_by_entry(y: Tensor, e: Tensor, g: Tensor) -> None:
+    """The factors of a row's entries differ, though not in the first rows."""
+    r = _rates(2).T
+    with pyro.plate("n", len(y)):
+        pyro.sample("x", dist.Normal(1.0, r[_component()] * e).to_event(1), obs=e)
+
+
+def test_factors_that_differ_between_entries_of_later_rows(by_rows: Callable[[], None]) -> None:
+    e = E.clone()
+    e[:50, 1] = e[:50, 0]
+    _, whole = fitted(scaled_by_entry, e)
+    by_rows()
+    _, parted = fitted(scaled_by_entry, e)
+    assert list(parted.history) == pytest.approx(list(whole.history), rel=1e-12)

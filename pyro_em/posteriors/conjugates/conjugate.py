@@ -421,6 +421,7 @@ class ConjugateBlock:
             factor = in_cells((-t[..., 1]) ** (read.power * self.kernel.power), own)
             if not self.readings[i - 1].whole:
                 factor = torch.where(read.elements >= 0, factor, 1.0)
+            factor = _once_per_cell(factor, read.elements, own)
             if is_matrix(group):
                 factor = factor[..., None, None]
         binding, argument = with_factor(group.bindings[name], factor), group.arguments[name]
@@ -429,3 +430,11 @@ class ConjugateBlock:
             arguments={**group.arguments, name: argument * factor.to(argument)},
             bindings=group.bindings if binding is None else {**group.bindings, name: binding},
         )
+
+
+def _once_per_cell(factor: Tensor, elements: Tensor, group: Group) -> Tensor:
+    """A factor of each entry of a vector, once where all entries of a cell read the same element."""
+    for axis in range(1 + len(group.sizes), min(factor.dim(), elements.dim())):
+        if bool((elements == elements.narrow(axis, 0, 1)).all()):
+            factor = factor.narrow(axis, 0, 1)
+    return factor

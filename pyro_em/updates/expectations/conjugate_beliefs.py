@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pyro_em.expanded import once_each
 from pyro_em.families.conjugate_kernels import PriorKernel
 from pyro_em.families.conjugate_pairs import Pair
 from pyro_em.families.family import Family, Statistics
@@ -204,9 +205,9 @@ def with_factor(binding: Binding, factor: Tensor) -> Binding | None:
             replace(
                 s,
                 index=s.index.expand(constant.shape),
-                factor=factor.expand(constant.shape)
-                if s.factor is None
-                else s.factor * factor.to(s.factor),
+                factor=(
+                    factor if s.factor is None else _once(s.factor) * factor.to(s.factor)
+                ).expand(constant.shape),
             )
             for s in binding.selections
         )
@@ -220,6 +221,17 @@ def with_factor(binding: Binding, factor: Tensor) -> Binding | None:
             moved = binding.constant + factor.log().to(binding.constant)
             return replace(binding, constant=moved)
     return None
+
+
+def _once(factor: Tensor) -> Tensor:
+    """A factor without its copies; what is the same for all rows is looked at, too."""
+    one = once_each(factor)
+    if one.dim() < 2 or one.shape[1] > 1:
+        return one
+    for axis in range(2, one.dim()):
+        first = one.narrow(axis, 0, 1)
+        one = first if bool((one == first).all()) else one
+    return one
 
 
 def is_plugged(group: Group, read: ConjugateRead, kernel: PriorKernel) -> bool:

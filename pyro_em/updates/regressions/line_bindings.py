@@ -8,25 +8,27 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pyro_em.expanded import once_each
 from pyro_em.graph.bindings.binding import Binding, Selection
 from pyro_em.graph.factors import Group
-from pyro_em.updates.expectations.gaussian_rows import event_shape, rows_of
+from pyro_em.updates.expectations.gaussian_rows import rows_of
 
 LINE = "coefficients"  # what all that a mean is made of is called where it is θ itself
 
 
 def has_factor(group: Group, scale: Binding) -> bool:
-    """Whether a spread of one number is a parameter's times a known factor of each row."""
-    if group.family is None or event_shape(group).numel() > 1 or scale.how != "selection":
-        return False
-    if group.elements is not None:
+    """Whether a spread is a parameter's times a known factor of each row, one for all its entries."""
+    if group.family is None or scale.how != "selection" or group.elements is not None:
         return False
     one = len(scale.selections) == 1 and scale.selections[0].is_whole
-    return one and not scale.normalise and scale.selections[0].factor is not None
+    if not one or scale.normalise or scale.selections[0].factor is None:
+        return False
+    event = once_each(scale.selections[0].factor).shape[1 + len(group.sizes) :]
+    return event.numel() == 1
 
 
 def factors_of(group: Group) -> Tensor:
-    """What multiplies the spread of each row, of one number. # (cells or 1, rows or 1)"""
+    """What multiplies the spread of each row. # (cells or 1, rows or 1)"""
     (selection,) = group.bindings["scale"].selections
     assert selection.factor is not None
     return rows_of(group, selection.factor).to(torch.float64)[..., 0]
@@ -44,8 +46,9 @@ def with_one_factor(
     """
     scale = bindings["scale"]
     (selection,) = scale.selections
-    shape = (*factor.shape, *(1,) * (scale.constant.dim() - factor.dim()))
-    factor = factor.reshape(shape).to(scale.constant)
+    event = scale.constant.shape[factor.dim() :]
+    shape = (*factor.shape, *event)
+    factor = factor.reshape(*factor.shape, *(1,) * len(event)).to(scale.constant).expand(shape)
     index = selection.index.expand(shape)
     selections = (replace(selection, index=index, factor=factor),)
     constant = scale.constant.expand(shape)

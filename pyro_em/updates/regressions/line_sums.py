@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pyro_em.errors import Finding
+from pyro_em.errors import Finding, Handover
 from pyro_em.graph.bindings.binding import Binding
 from pyro_em.graph.factors import Group
 from pyro_em.reduction.trees import SAME
@@ -185,6 +185,8 @@ class LineSite:
             weights = weights if self.is_split else weights.squeeze(-1)
         design, counts = self._design(values), None
         if self.scaled:
+            if not has_factor(group, group.bindings["scale"]):  # entries of these rows differ
+                raise Handover
             counts = self._arranged(weights.unsqueeze(-1)).sum(-2).squeeze(-1)
             weights = weights * factors_of(group) ** -2
         if not self.is_split:
