@@ -116,7 +116,8 @@ def as_counts(group: Group, K: int, all_data: AllData | None = None) -> CountRow
     """
     if group.family is None or group.family.natural is None or not group.observed:
         return None
-    if not group.family.natural.of_counts:
+    form = group.family.natural
+    if not form.of_counts or form.per_level > 1:
         return None
     # A row of many has the levels of all: sums of parts are of one size.
     is_part = all_data is not None and all_data.rows != 1

@@ -126,6 +126,10 @@ class NaturalForm:
             numbers of the arguments, one argument after the other; by autograd where None.
             # (*cells, A), (*cells, A, A)
         of_counts: Whether T(x) says which numbers a count is above.
+        levels: The counts whose largest says how many these numbers are; the data where None.
+        per_level: How many statistics there are for each of these numbers.
+        limit: Arguments that run off together where data vary no more than those of another
+            distribution, and which this is, for a note.
         base: h of data, where it is not zero. # (*batch)
         references: Arguments of the E-step about which T(x) is taken.
         is_augmented: Whether the E-step takes in more than the model's latents: T(x) holds expectations
@@ -146,6 +150,9 @@ class NaturalForm:
     coefficients: Callable[[Arguments, int], Tensor] | None = None
     derivatives: Callable[[Statistics, Arguments], tuple[Tensor, Tensor]] | None = None
     of_counts: bool = False
+    levels: Callable[[Tensor, Arguments], Tensor] | None = None
+    per_level: int = 1
+    limit: tuple[tuple[str, ...], str] = ((), "")
     base: Callable[[Tensor], Tensor] | None = None
     references: tuple[str, ...] = ()
     shapes: tuple[str, ...] = ()
@@ -154,6 +161,11 @@ class NaturalForm:
     maximum: Callable[[Statistics, Arguments], Tensor | None] | None = None
     gathered: Callable[[Statistics], Tensor] = feature_of
     reaches: Callable[[Statistics, Arguments], Tensor] | None = None
+
+    def largest(self, value: Tensor, arguments: Arguments) -> int:
+        """The largest count, where it `of_counts`."""
+        counts = value if self.levels is None else self.levels(value, arguments)
+        return int(counts.max()) if counts.numel() else 0
 
     @property
     def is_local(self) -> bool:

@@ -59,8 +59,17 @@ def _statistics(x: Tensor, a: Arguments) -> Statistics:
     return {"feature": (x.unsqueeze(-1) > levels).to(torch.float64)}
 
 
-def _accumulate(weights: Tensor, value: Tensor, a: Arguments, keep: tuple[bool, ...]) -> Statistics:
-    """Sums of T(x), by a histogram of each number of an event."""
+def numbers_above(weights: Tensor, value: Tensor, keep: tuple[bool, ...]) -> Tensor:
+    """How many data are above 0, 1, 2, …, by a histogram of each number of an event.
+
+    Args:
+        weights: Expected counts. # (*batch)
+        value: # (*batch or 1s)
+        keep: For each batch dimension, whether the result keeps it.
+
+    Returns:
+        # (*batch with 1 where summed, the largest count)
+    """
     levels = int(value.max()) + 1 if value.numel() else 1
     sizes = [max(w, x) for w, x in zip(weights.shape, value.shape, strict=True)]
     columns = [i for i, kept in enumerate(keep) if kept and value.shape[i] == 1]
@@ -78,7 +87,11 @@ def _accumulate(weights: Tensor, value: Tensor, a: Arguments, keep: tuple[bool, 
     found = torch.stack(totals).reshape(*(sizes[i] for i in places), levels)
     found = found.permute(*sorted(range(len(places)), key=places.__getitem__), -1)
     out = [size if kept else 1 for size, kept in zip(sizes, keep, strict=True)]
-    return {"feature": above(found).reshape(*out, levels - 1)}
+    return above(found).reshape(*out, levels - 1)
+
+
+def _accumulate(weights: Tensor, value: Tensor, a: Arguments, keep: tuple[bool, ...]) -> Statistics:
+    return {"feature": numbers_above(weights, value, keep)}
 
 
 def _coefficients(shape: Tensor, log_p: Tensor, log_q: Tensor, P: int) -> Tensor:
@@ -156,6 +169,7 @@ def _family(distribution: type, predicted: PredictedForm, shape: str, *others: s
             lambda s, a: _derivatives(s, a, shape),
             of_counts=True,
             base=_base,
+            limit=((shape,), "Poisson"),
         ),
         predicted=predicted,
     )

@@ -154,6 +154,7 @@ def _natural(counts: NaturalForm) -> NaturalForm:
         of_counts=counts.of_counts,
         base=counts.base,
         shapes=counts.shapes,
+        limit=counts.limit,
     )
 
 

@@ -344,7 +344,7 @@ def seen_entries(group: Group) -> Tensor | None:
 def largest_counts(graph: FactorGraph) -> dict[str, int]:
     """The largest count of sites whose sums go by counts, by the first site of a group."""
     return {
-        group.members[0]: int(group.value.max()) if group.value.numel() else 0
+        group.members[0]: group.family.natural.largest(group.value, group.arguments)
         for group in graph.groups
         if group.family is not None
         and group.family.natural is not None

@@ -136,7 +136,7 @@ class _FamilyCase:
         theirs = self.family.distribution(
             **{n: self._rows(n, a) for n, a in self.arguments.items()}
         ).log_prob(self.x)
-        assert torch.allclose(ours, theirs, rtol=self.rtol, atol=self.rtol), (
+        assert torch.allclose(ours.to(theirs.dtype), theirs, rtol=self.rtol, atol=self.rtol), (
             f"{self.where}: log_density differs from the distribution's log_prob by up to "
             f"{float((ours - theirs).abs().max()):.3g}"
         )

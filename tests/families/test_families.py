@@ -66,6 +66,14 @@ CASES = {
         dist.GammaPoisson,
         {"concentration": torch.tensor([0.8, 9.0]), "rate": H},
     ),
+    "BetaBinomial": (
+        dist.BetaBinomial,
+        {
+            "concentration1": torch.tensor([0.8, 4.0]),
+            "concentration0": torch.tensor([2.0, 3.0]),
+            "total_count": torch.tensor([9.0, 9.0]),
+        },
+    ),
     "ZeroInflatedPoisson": (
         dist.ZeroInflatedPoisson,
         {"rate": torch.tensor([1.5, 6.0]), "gate": H},

@@ -1,7 +1,8 @@
-"""What is out of the ordinary where a fit with Gaussian latents ends, in sentences for its notes.
+"""What is out of the ordinary where a fit ends, in sentences for its notes.
 
 Loadings at zero are a stationary point of EM; a variance of latents may have its maximum at zero; the
 noise of one observed coordinate may vanish (a Heywood case), which EM approaches ever more slowly.
+Counts that vary no more than a Poisson's or a Binomial's leave a wider distribution no dispersion.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pyro_em.updates.expectations.gaussian_rows import is_matrix
 
 _UNIQUENESS = 0.005  # of a coordinate's variance: below, its noise has vanished
 _SINGULAR = 1e-6  # of the largest eigenvalue of a covariance
+_RUN_OFF = 1e8  # of a shape, beyond which a distribution is its limit to eight digits
 _FEW = 16  # variances of which each is tried at zero
 
 
@@ -74,6 +76,8 @@ def boundary_notes(over: Reduction[Part], lead: Program, log_evidence: float) ->
                 else:
                     found = _noises_at_zero(site, values, seen.spreads.get(name))
                 out |= dict.fromkeys(found)
+        for group in lead.graph.groups if lead.compiled else ():
+            out |= dict.fromkeys(_at_its_limit(group, lead))
         return list(out)
 
     notes: list[str] = over.from_first(told)
@@ -222,6 +226,33 @@ def _variances_at_zero(
             f"'{trial.parameter}'{place}: the evidence is as high where the variance of '{name}' "
             "is zero, its boundary: the data show no spread of it."
         )
+
+
+def _at_its_limit(site: Group, program: Program) -> Iterator[str]:
+    """Arguments of counts that have run off together."""
+    form = None if site.family is None else site.family.natural
+    arguments, limit = ((), "") if form is None else form.limit
+    bindings = [site.bindings[a] for a in arguments if a in site.bindings]
+    if not any(b.params for b in bindings):
+        return
+    values = values_of(program.graph.parameters)
+    numbers = torch.broadcast_tensors(*(b.evaluate(values) for b in bindings))
+    beyond = torch.stack(list(numbers)).amin(0) > _RUN_OFF
+    if not bool(beyond.any()):
+        return
+    names: list[str] = []
+    for binding in bindings:
+        for part in binding.selections:
+            own = part.index.expand(beyond.shape)[beyond] if binding.how == "selection" else None
+            if own is None or values[part.param].numel() == 1:
+                names.append(f"'{part.param}'")
+            else:
+                names += [f"'{part.param}'[{i}]" for i in own[own >= 0].unique().tolist()]
+    shown = " and ".join(dict.fromkeys(names))
+    yield (
+        f"{shown}: the {site.distribution} of '{site.members[0]}' has run off to its limit, a {limit}, "
+        f"than whose the data vary no more: a {limit} is as likely."
+    )
 
 
 def _read(binding: Binding) -> Iterator[tuple[str, list[int]]]:

@@ -126,7 +126,8 @@ def _no_joint_steps(group: Group, decided: Mapping[str, ParameterUpdate]) -> str
     """Why the parameters of a density in linear form are not solved for together, or nothing."""
     where = f"{group.distribution} at '{group.members[0]}'"
     assert group.family is not None and group.family.joint_form is not None
-    if group.family.joint_form.of_counts and bool((group.value > MANY).any()):
+    form = group.family.joint_form
+    if form.of_counts and form.largest(group.value, group.arguments) > MANY:
         return f"counts above {MANY:,} are no table in {where}"
     for name in group.params:
         if not isinstance(decided[name].update, NewtonOnSums | Fixed):

@@ -305,7 +305,8 @@ class DataSums:
             assert family is not None and family.joint_form is not None
             feature, group = family.joint_form.gathered(statistics[g]), self.graph.groups[g]
             if family.joint_form.of_counts and all_data is not None:
-                more = all_data.largest[group.members[0]] - feature.shape[-1]
+                most = all_data.largest[group.members[0]] * family.joint_form.per_level
+                more = most - feature.shape[-1]
                 feature = torch.nn.functional.pad(feature, (0, more))
             out[g] = {"feature": feature, "weight": statistics[g]["weight"]}
         return out
