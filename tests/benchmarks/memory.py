@@ -24,6 +24,7 @@ from tests.benchmarks.growth import peak
 from tests.benchmarks.regressions import logistic, logistic_data
 
 ROWS, COMPONENTS, WIDTH = 1_000_000, 16, 8
+_GROUPS = 12
 TABLE = 8 * ROWS * COMPONENTS / 2**20  # MiB
 
 
@@ -109,6 +110,35 @@ def weighed(x: Tensor, weights: Tensor, start: Tensor) -> None:
         pyro.sample("x", dist.Normal(mu[z], s[z]).to_event(1), obs=x)
 
 
+def grouped(x: Tensor, g: Tensor, start: Tensor) -> None:
+    """Weights by a known group of each row."""
+    p = pyro.param("p", torch.full((_GROUPS, len(start)), 1 / len(start)).double(), C.simplex)
+    mu = pyro.param("mu", start.clone())
+    s = pyro.param("s", torch.ones_like(start), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(p[g]))
+        pyro.sample("x", dist.Normal(mu[z], s[z]).to_event(1), obs=x)
+
+
+def means(x: Tensor, g: Tensor, start: Tensor) -> None:
+    """Means by a known group of each row."""
+    p, mu = _weights(len(start)), pyro.param("mu", start[:, 0].repeat(_GROUPS, 1))
+    s = pyro.param("s", torch.ones_like(start[:, 0]), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(p))
+        pyro.sample("x", dist.Normal(mu[g, z], s[z]), obs=x[:, 0])
+
+
+def factors(x: Tensor, start: Tensor) -> None:
+    """Factor analysis."""
+    D, q = start.shape
+    W, mu = pyro.param("W", start.clone()), pyro.param("mu", torch.zeros(D).double())
+    s = pyro.param("s", torch.ones(D).double(), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        h = pyro.sample("h", dist.Normal(0.0, torch.ones(q).double()).to_event(1))
+        pyro.sample("x", dist.Normal(h @ W.T + mu, s).to_event(1), obs=x)
+
+
 def _spread(kind: str) -> Callable[[int], tuple[Tensor, ...]]:
     """Data of one number in a row, of components that lie apart, and a start."""
 
@@ -129,6 +159,19 @@ def _spread(kind: str) -> Callable[[int], tuple[Tensor, ...]]:
         return torch.distributions.Weibull(own, 3.0 + 0 * own).sample(), 1.1 * level
 
     return drawn
+
+
+def _grouped_data(rows: int) -> tuple[Tensor, ...]:
+    x, start = _clusters(rows)
+    return x, torch.randint(_GROUPS, (rows,)), start
+
+
+def _factor_data(rows: int) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    W = torch.randn(WIDTH, 4).double()
+    x = torch.randn(rows, 4).double() @ W.T
+    x += torch.randn(rows, WIDTH).double()
+    return x, W + 0.3
 
 
 def _weighed_data(rows: int) -> tuple[Tensor, ...]:
@@ -172,6 +215,9 @@ MODELS: dict[str, tuple[str, Callable[..., None], Callable[[int], Any], dict[str
     "rates": ("Poisson with conjugate rates", rates, _spread("rates"), {}),
     "betas": ("Beta", betas, _spread("betas"), {}),
     "weibulls": ("Weibull", weibulls, _spread("weibulls"), {}),
+    "grouped": ("Gaussians, weights by group", grouped, _grouped_data, {}),
+    "means": ("Gaussians of one number, means by group", means, _grouped_data, {}),
+    "factors": ("factor analysis, 4 factors", factors, _factor_data, {}),
     "weighed": ("Gaussians, diagonal, rows with weights", weighed, _weighed_data, {}),
 }
 

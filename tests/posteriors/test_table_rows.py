@@ -111,3 +111,55 @@ def test_an_impossible_row_is_named_by_its_number_among_all() -> None:
     x[41] = 1e200
     with parted(K * 7), pytest.raises(DataError, match="n = 41"):
         fitted(students, x)
+
+
+def analysers(x: Tensor) -> None:
+    """A mixture of factor analysers, whose noise is shared."""
+    W = pyro.param("W", torch.tensor([[[1.0, 0.5, -0.5]], [[0.2, -1.0, 0.7]]]).double())
+    m = pyro.param("m", torch.tensor([[-1.0, 0.0, 1.0], [1.0, 0.5, -1.0]]).double())
+    s = _positive("s", torch.tensor([1.0, 0.8, 1.2]))
+    q = pyro.param("q", torch.tensor([0.4, 0.6]).double(), constraint=C.simplex)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(q))
+        h = pyro.sample("h", dist.Normal(0.0, torch.ones(1).double()).to_event(1))
+        mean = m[z] + (h.unsqueeze(-2) @ W[z]).squeeze(-2)
+        pyro.sample("x", dist.Normal(mean, s).to_event(1), obs=x)
+
+
+def test_mixtures_of_factor_analysers_take_the_steps_of_numpy() -> None:
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(41, 3, generator=generator, dtype=torch.float64) * 1.5
+    with parted(2**60), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table_rows, "_MATRICES", 8 * 7)  # seven rows in a part
+        with pyro.get_param_store().scope():
+            result = ExactPosteriorEM(analysers).fit(x, max_steps=3, tol=0, progress=False)
+    X, q = x.numpy(), np.array([0.4, 0.6])
+    W = np.array([[1.0, 0.5, -0.5], [0.2, -1.0, 0.7]])
+    m, s = np.array([[-1.0, 0.0, 1.0], [1.0, 0.5, -1.0]]), np.array([1.0, 0.8, 1.2])
+    history = []
+    for _ in range(3):
+        joint = np.stack(
+            [
+                np.log(q[k])
+                + stats.multivariate_normal.logpdf(X, m[k], np.outer(W[k], W[k]) + np.diag(s**2))
+                for k in range(2)
+            ],
+            1,
+        )
+        history.append(float(np.logaddexp(*joint.T).sum()))
+        r = np.exp(joint - np.logaddexp(*joint.T)[:, None])
+        left = np.zeros(3)
+        for k in range(2):
+            precision = 1 + (W[k] ** 2 / s**2).sum()
+            h = (X - m[k]) @ (W[k] / s**2) / precision
+            H = np.stack([h, np.ones_like(h)])
+            second = (H * r[:, k]) @ H.T + np.diag([r[:, k].sum() / precision, 0.0])
+            cross = (H * r[:, k]) @ X
+            W[k], m[k] = np.linalg.solve(second, cross)
+            fitted_now = np.stack([W[k], m[k]])
+            left += r[:, k] @ X**2 - (fitted_now * cross).sum(0)
+        q, s = r.mean(0), np.sqrt(left / len(X))
+    assert list(result.history)[:3] == pytest.approx(history, rel=1e-10)
+    for name, value in (("q", q), ("s", s), ("m", m)):
+        np.testing.assert_allclose(result.params[name], value, rtol=1e-8)
+    np.testing.assert_allclose(result.params["W"][:, 0], W, rtol=1e-8)

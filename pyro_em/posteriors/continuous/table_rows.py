@@ -19,7 +19,7 @@ import torch
 from pyro_em.densities.tying import Arguments, arguments_of
 from pyro_em.errors import Finding, Handover, PyroEMError
 from pyro_em.expanded import once_each
-from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.factors import FactorGraph, Group, Nested
 from pyro_em.graph.many_rows.given_rows import slice_of
 from pyro_em.posteriors.at_values import AtValues, Values, no_densities, with_own_parameters
 from pyro_em.posteriors.conjugates.conjugate import ConjugateBlock
@@ -28,6 +28,8 @@ from pyro_em.posteriors.continuous.gaussian_steps import for_updates, in_m_step,
 from pyro_em.posteriors.continuous.summed_theta import Summed, SummedTheta
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.enumeration import contraction_of, e_step
+from pyro_em.posteriors.gaussians.gaussian import GaussianBlock
+from pyro_em.posteriors.gaussians.row_slices import GaussianSlices
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.sums.data_sums import DataSums
 from pyro_em.updates.sums.summable import Summable
@@ -44,6 +46,8 @@ _MANY = 2**21  # cells of all rows from which on their tables are worth parting
 
 _CELLS = 2**16  # of the largest table of a part
 
+_MATRICES = 2**20  # numbers of the matrices of a part
+
 
 @dataclass(frozen=True, eq=False)
 class TableSlices:
@@ -57,7 +61,7 @@ class TableSlices:
 
     graph: FactorGraph
     rows: tuple[slice, ...]
-    blocks: Mapping[int, RowSlices]
+    blocks: Mapping[int, RowSlices | GaussianSlices]
 
     @classmethod
     def of(cls, graph: FactorGraph) -> TableSlices | None:
@@ -69,15 +73,11 @@ class TableSlices:
             return None
         if not all(_is_of_rows(g, plate) for g in graph.groups):
             return None
-        blocks = {}
+        blocks: dict[int, RowSlices | GaussianSlices] = {}
         for g, group in enumerate(graph.groups):
             if group.nested is None:
                 continue
-            slices = (
-                RowSlices.of(group.nested, scoped=True)
-                if isinstance(group.nested, ConjugateBlock)
-                else None
-            )
+            slices = _slices_of(group.nested)
             if slices is None:
                 return None
             blocks[g] = slices
@@ -85,7 +85,9 @@ class TableSlices:
         width = max(_width(group) for group in graph.groups)
         if width * total < _MANY:
             return None
-        rows = even_slices(total, max(2, _CELLS // width))
+        most = [_CELLS // width]
+        most += [_MATRICES // b.width for b in blocks.values() if isinstance(b, GaussianSlices)]
+        rows = even_slices(total, max(2, min(most)))
         return cls(graph, tuple(rows), blocks)
 
     def parts(self) -> Iterator[FactorGraph]:
@@ -98,6 +100,13 @@ class TableSlices:
         for g, slices in self.blocks.items():
             groups[g] = replace(groups[g], nested=slices.part(rows))
         return replace(self.graph, groups=tuple(groups))
+
+
+def _slices_of(block: Nested) -> RowSlices | GaussianSlices | None:
+    """The parts of latents that a group integrates; None where rows do not stand by themselves."""
+    if isinstance(block, ConjugateBlock):
+        return RowSlices.of(block, scoped=True)
+    return GaussianSlices.of(block) if isinstance(block, GaussianBlock) else None
 
 
 def _is_of_rows(group: Group, plate: str) -> bool:

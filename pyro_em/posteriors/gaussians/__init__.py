@@ -6,9 +6,9 @@ unknowns belong together and `gaussian_layout` where their numbers lie; `site_ro
 `block_factors` and `square_root` make the matrices that `linear_gaussian` solves, on `coordinates` that
 may be missing. Large blocks that fall apart without a few latents are solved piece by piece:
 `leaf_search` finds the pieces, `leaf_layout` lays them out (`block_places`, `block_laying`),
-`leaf_factors` eliminates them, and `joint_factor` is the factor of all unknowns.
-`integrated` is what is known of latents afterwards; `gaussian_product` is what a user gives in
-its place.
+`leaf_factors` eliminates them, and `joint_factor` is the factor of all unknowns. `row_slices` takes a
+block of many rows some rows at a time. `integrated` is what is known of latents afterwards;
+`gaussian_product` is what a user gives in its place.
 
 May import: nothing else of this wing, and what is below the wing. To add another way to solve, copy
 `linear_gaussian` and keep what `integrated` asks; `tests/posteriors/test_linear_gaussian.py` holds it

@@ -145,6 +145,13 @@ class GaussianBlock:
         vars(out)["_dense"] = self._dense
         return out
 
+    def with_groups(self, groups: tuple[Group, ...]) -> GaussianBlock:
+        """The same block of as many other rows; its layout is not computed again."""
+        out = replace(self, groups=groups)
+        for name in ("_dense", "element_of_block"):
+            vars(out)[name] = getattr(self, name)
+        return out
+
     @property
     def cost(self) -> int:
         """Numbers in the matrices of one E-step."""
