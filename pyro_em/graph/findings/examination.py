@@ -26,7 +26,7 @@ from pyro_em.graph.findings.first_run import (
     name_of_distribution,
     run_plainly,
 )
-from pyro_em.graph.findings.folded import without_graphs
+from pyro_em.graph.findings.folded import with_other_shadows, without_graphs
 from pyro_em.graph.findings.held_latents import coupled_latents, with_numbers_read
 from pyro_em.graph.findings.initial import forget_bad_starts, start_problems
 from pyro_em.graph.findings.marginals import marginals_of
@@ -132,7 +132,8 @@ def _without_graphs(
     """
     if unregistered(model, args, kwargs, plain, factors_in(plain.sites)):
         return plain, True
-    return replace(plain, sites=without_graphs(plain.sites)), False
+    sites = plain.sites if plain.shadows is None else with_other_shadows(plain.sites)
+    return replace(plain, sites=without_graphs(sites)), False
 
 
 def _findings(

@@ -104,15 +104,9 @@ class Folded(Mapping[str, Mapping[str, Any]]):
 def without_graphs(sites: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The same sites with detached distributions, where they are many or large, and draws.
 
-    What a distribution of the user's own class holds is left as it is. Shadows are others, too: those
-    of the run are then nobody's but the model's.
+    What a distribution of the user's own class holds is left as it is.
     """
     out = dict(sites)
-    for name, site in sites.items():
-        if _has_shadows(site):
-            own = {id(t): t.detach() for t in _tensors(site["fn"])}
-            fn, value = _with_tensors(site["fn"], own), site["value"]
-            out[name] = {**site, "fn": fn, "value": value.detach() if is_shadow(value) else value}
     for name, site in factors_in(out).items():
         fn, value = site["fn"], site["value"]
         if len(sites) < _MANY and not (isinstance(value, Tensor) and value.numel() > _SMALL):
@@ -122,6 +116,17 @@ def without_graphs(sites: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, A
             out[name] = {**site, "fn": _with_tensors(fn, own)} if own else site
         if not site["is_observed"] and isinstance(value, Tensor) and value.grad_fn is not None:
             out[name] = {**out[name], "value": value.detach()}
+    return out
+
+
+def with_other_shadows(sites: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The sites of a run with shadows of their own: those of the run are then the model's alone."""
+    out = dict(sites)
+    for name, site in sites.items():
+        if _has_shadows(site):
+            own = {id(t): t.detach() for t in _tensors(site["fn"])}
+            fn, value = _with_tensors(site["fn"], own), site["value"]
+            out[name] = {**site, "fn": fn, "value": value.detach() if is_shadow(value) else value}
     return out
 
 
