@@ -139,6 +139,53 @@ def factors(x: Tensor, start: Tensor) -> None:
         pyro.sample("x", dist.Normal(h @ W.T + mu, s).to_event(1), obs=x)
 
 
+def mixed(x: Tensor, y: Tensor, v: Tensor, start: Tensor) -> None:
+    """A number, a yes or no, and one of three symbols."""
+    K = len(start)
+    p, mu = _weights(K), pyro.param("mu", start[:, 0].clone())
+    s = pyro.param("s", torch.ones(K).double(), constraint=C.positive)
+    b = pyro.param("b", torch.linspace(0.1, 0.9, K).double(), constraint=C.unit_interval)
+    q = pyro.param("q", torch.full((K, 3), 1 / 3).double(), constraint=C.simplex)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(p))
+        pyro.sample("x", dist.Normal(mu[z], s[z]), obs=x)
+        pyro.sample("y", dist.Bernoulli(b[z]), obs=y)
+        pyro.sample("v", dist.Categorical(q[z]), obs=v)
+
+
+def counts(x: Tensor, start: Tensor) -> None:
+    """Poisson counts, several in a row."""
+    p, r = _weights(len(start)), pyro.param("r", start.clone(), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(p))
+        pyro.sample("x", dist.Poisson(r[z]).to_event(1), obs=x)
+
+
+def observed(x: Tensor, start: Tensor) -> None:
+    """An observed mixture of Normals, without a latent of its own."""
+    p, mu = _weights(len(start)), pyro.param("mu", start[:, 0].clone())
+    s = pyro.param("s", torch.ones(len(start)).double(), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(p), dist.Normal(mu, s)), obs=x)
+
+
+def _mixed_data(rows: int) -> tuple[Tensor, ...]:
+    x, start = _clusters(rows)
+    yes = torch.bernoulli(torch.full((rows,), 0.4).double())
+    return x[:, 0].contiguous(), yes, torch.randint(3, (rows,)), start
+
+
+def _counts_data(rows: int) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    rates = 1 + 20 * torch.rand(COMPONENTS, WIDTH).double()
+    return torch.poisson(rates[torch.randint(COMPONENTS, (rows,))]), 1.1 * rates
+
+
+def _observed_data(rows: int) -> tuple[Tensor, ...]:
+    x, start = _clusters(rows)
+    return x[:, 0].contiguous(), start
+
+
 def _spread(kind: str) -> Callable[[int], tuple[Tensor, ...]]:
     """Data of one number in a row, of components that lie apart, and a start."""
 
@@ -219,6 +266,9 @@ MODELS: dict[str, tuple[str, Callable[..., None], Callable[[int], Any], dict[str
     "means": ("Gaussians of one number, means by group", means, _grouped_data, {}),
     "factors": ("factor analysis, 4 factors", factors, _factor_data, {}),
     "weighed": ("Gaussians, diagonal, rows with weights", weighed, _weighed_data, {}),
+    "mixed": ("a number, a yes or no, a symbol", mixed, _mixed_data, {}),
+    "counts": ("eight Poisson counts", counts, _counts_data, {}),
+    "observed": ("MixtureSameFamily", observed, _observed_data, {}),
 }
 
 

@@ -13,6 +13,7 @@ from pyro_em.errors import Finding, sites_in_words
 from pyro_em.graph.factors import FactorGraph, Group, Latent, is_incomplete
 from pyro_em.graph.vectorised_loops.latent_series import kinds_of, names_of
 from pyro_em.posteriors.mixtures.equal_rows import equal_rows
+from pyro_em.tracing.freed import return_freed_memory
 from pyro_em.tracing.sites import Role
 
 MOST_VALUES = 2**10  # of all latents of a row together, beyond which the contraction is quicker
@@ -235,6 +236,7 @@ def distinct(
     rows = columns[0] if len(columns) == 1 else torch.cat(columns, 1)
     inverse, counts = equal_rows(rows)
     if 2 * len(counts) > N:
+        return_freed_memory([rows])
         return DistinctRows(graph, own)
     first = torch.full_like(counts, N).scatter_reduce(
         0, inverse, torch.arange(N, device=counts.device), "amin"
