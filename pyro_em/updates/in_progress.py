@@ -22,6 +22,7 @@ from pyro_em.updates.closed_forms.ends import end_at
 from pyro_em.updates.closed_forms.met_ends import ends_at, pair_at
 from pyro_em.updates.decisions.decision import groups_reached
 from pyro_em.updates.expectations.noiseless import noiseless_in_words
+from pyro_em.updates.linear_cells.blocks import Problem
 from pyro_em.updates.regressions.coefficients import coefficients, separated
 from pyro_em.updates.regressions.curved import Curved
 from pyro_em.updates.regressions.expansion import Expansion
@@ -30,6 +31,7 @@ from pyro_em.updates.regressions.least_squares import solved
 from pyro_em.updates.regressions.shift import Shift, gain_of, shifts_of, split
 from pyro_em.updates.sums.data_sums import DataSums, Expanded, Move, Shifted, Written
 from pyro_em.updates.sums.newton_on_sums import AtEdge, Further, NewtonSolver
+from pyro_em.updates.sums.parted_problem import PartedProblem, marks_of_cells, problem_of
 from pyro_em.updates.update import ParameterUpdate
 
 T = TypeVar("T")
@@ -153,12 +155,16 @@ class MStepInProgress:
     def newton(self, block: tuple[str, ...]) -> dict[str, Tensor]:
         """The joint maximiser of the parameters of densities in linear form; see `NewtonSolver`."""
         solver = NewtonSolver(block, self.graph)
+        parted = self._parted(solver)
         for _ in range(_PASSES):
-            statistics = self.sum(lambda part: part.feature_sums(solver.groups))
-            arguments = {
-                g: self.graph.groups[g].evaluate_arguments(self.values) for g in solver.groups
-            }
             try:
+                if parted is not None:
+                    new, empty = solver.solve_problem(parted, self.values)
+                    break
+                statistics = self.sum(lambda part: part.feature_sums(solver.groups))
+                arguments = {
+                    g: self.graph.groups[g].evaluate_arguments(self.values) for g in solver.groups
+                }
                 new, empty = solver.solve(statistics, arguments, self.values)
                 break
             except Further as further:
@@ -169,6 +175,21 @@ class MStepInProgress:
                 raise
         self.massless |= {name: tuple(events) for name, events in empty.items() if events}
         return new
+
+    def _parted(self, solver: NewtonSolver) -> PartedProblem | None:
+        """The problem that the parts pose together where their cells are not the same, else None."""
+        if self.over.is_whole:
+            return None
+        most = self.over.max(lambda part: marks_of_cells(part.graph, solver.groups))
+        high, low = most.chunk(2)
+        if bool((high + low <= 1e-9 * (1 + high.abs())).all()):
+            return None
+        coordinates = solver.coordinates
+
+        def ask(of: Callable[[Problem], list[Tensor]]) -> list[Tensor]:
+            return self.sum(lambda part: of(problem_of(part, coordinates)))
+
+        return PartedProblem(coordinates.size, ask)
 
     def degrees(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Degrees of freedom, with scale matrices where they will be; see `DegreesSolver`."""

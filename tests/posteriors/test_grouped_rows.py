@@ -264,3 +264,38 @@ def test_what_differs_from_row_to_row_is_no_group() -> None:
         plan = ExactPosteriorEM(model).plan(X[:, 0])
     assert plan.kernel == "contraction"
     assert "differ from row to row" in plan.kernel_reason
+
+
+def test_what_is_known_of_rows_stays_with_them() -> None:
+    """Rows that are put in the order of their groups keep their totals."""
+    totals = torch.arange(N).double() % 7 + 1
+    seen = torch.minimum(totals, S.double())
+
+    def model(g: Tensor, s: Tensor, n: Tensor) -> None:
+        p = pyro.param("p", torch.tensor([0.2, 0.7]).double(), constraint=C.unit_interval)
+        q = pyro.param("q", torch.rand(4, 2, 3).double().softmax(-1), constraint=C.simplex)
+        with pyro.plate("n", len(g)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6]).double()))
+            pyro.sample("s", dist.Categorical(q[g, z]), obs=S)
+            pyro.sample("x", dist.Binomial(n, p[z]), obs=s)
+
+    with pyro.get_param_store().scope():
+        found = ExactPosteriorEM(model).fit(G, seen, totals, max_steps=1, progress=False)
+    with pyro.get_param_store().scope() as store:
+        model(G, seen, totals)
+        store["p"], store["q"] = found.params["p"], found.params["q"]
+        joint = torch.tensor([0.4, 0.6]).double().log() + store["q"][G, :, S].log()
+        joint = joint + dist.Binomial(totals.unsqueeze(-1), store["p"]).log_prob(seen[:, None])
+    assert found.log_evidence == pytest.approx(float(joint.logsumexp(-1).sum()), rel=1e-10)
+
+
+def test_latents_without_data_are_no_rows_of_a_kernel() -> None:
+    def model(x: Tensor, g: Tensor) -> None:
+        p, mu = _prior(x), _param("mu", torch.zeros(2), x)
+        with pyro.plate("n", len(x)):
+            pyro.sample("z", dist.Categorical(p[g]))
+            pyro.sample("x", dist.Normal(mu, 1.0).to_event(1), obs=x)
+
+    with pyro.get_param_store().scope():
+        found = ExactPosteriorEM(model).fit(X, G, max_steps=1, progress=False)
+    torch.testing.assert_close(found.params["mu"], X.mean(0))

@@ -78,6 +78,8 @@ class GroupedRows(Mixture):
             return found
         assert not isinstance(weight, Finding)
         graph, shape = found.graph, found.shape
+        if not shape.rowwise:
+            return Finding(f"site '{component.latents[0]}'", "its rows have no data of their own")
         rows = distinct(graph, shape, weight, found.codes)
         graph, counts = rows.graph, rows.counts
         codes = found.codes if rows.first is None else found.codes[rows.first]
@@ -87,6 +89,10 @@ class GroupedRows(Mixture):
                 g = next(g for g in shape.rowwise if 0 in shape.reads[g])
                 return why_not_constant(graph.groups[g])
             if bool((codes[1:] < codes[:-1]).any()):
+                for g in shape.rowwise:  # data are put in order, what is known of rows is not
+                    own = graph.groups[g]
+                    if any(t.shape[1] > 1 for t in own.outlines.values()):
+                        return why_not_constant(own)
                 order = codes.argsort(stable=True)
                 graph, codes = with_rows(graph, shape, order), codes[order]
                 counts = None if counts is None else counts[order]

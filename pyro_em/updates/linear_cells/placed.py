@@ -39,17 +39,24 @@ def cells_of(coordinates: Coordinates, graph: FactorGraph) -> int:
     return sum(r.numel() * r.shape[-1] for r in _rows(_read(coordinates, graph)).values())
 
 
-def places_of(coordinates: Coordinates, graph: FactorGraph) -> Places:
+def places_of(coordinates: Coordinates, graph: FactorGraph, *, is_part: bool = False) -> Places:
     """Where the elements of some parameters are read.
 
     Args:
         coordinates: The elements.
         graph: The graph.
+        is_part: Whether other parts of the data have cells of their own: elements that do not meet here
+            may meet there, so that all of them are one problem.
     """
     found = _read(coordinates, graph)
     rows = _rows(found)
-    alone = _alone(found, rows, coordinates)
-    if alone is None:
+    alone = None if is_part else _alone(found, rows, coordinates)
+    if is_part:
+        owner, slot = (
+            torch.zeros(coordinates.size, dtype=torch.long),
+            torch.arange(coordinates.size),
+        )
+    elif alone is None:
         owner, slot = _problems(list(rows.values()), coordinates.size)
     else:
         owner, slot = _in_cells(*rows.values())

@@ -38,7 +38,7 @@ def marks_of(
         outer = 1 + group.dims[0].index(plate)
         out[g] = {
             name: torch.tensor(
-                [float(argument.shape[outer] > 1), _number(group.bindings[name], argument)],
+                [float(argument.shape[outer] > 1), number_of(group.bindings[name], argument)],
                 dtype=torch.float64,
             )
             for name, argument in group.arguments.items()
@@ -46,14 +46,20 @@ def marks_of(
     return out
 
 
-def _number(binding: Binding, argument: Tensor) -> float:
-    """A number of all that an argument is made of, which is another one for another argument."""
+def number_of(binding: Binding, argument: Tensor) -> float:
+    """A number of all that an argument is made of, which is another one for another argument.
+
+    Args:
+        binding: How parameters reach the argument.
+        argument: The argument, for what no binding says.
+    """
     constant = binding.constant
     for s in binding.selections:  # what is selected may stand in it, as it was when it was read
         constant = torch.where(s.index >= 0, torch.zeros_like(constant), constant)
     tensors = [constant, *(s.index for s in binding.selections)]
     tensors += [s.factor for s in binding.selections if s.factor is not None]
     tensors += [j.dense for j in binding.slopes]
+    tensors += binding.known
     if not binding.is_static:
         tensors = [argument]
     total = 0.0

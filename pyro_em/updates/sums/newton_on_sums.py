@@ -32,6 +32,7 @@ from pyro_em.updates.closed_forms.collapses import refuse_collapse
 from pyro_em.updates.linear_cells.blocks import EDGE, Places, Problem, There
 from pyro_em.updates.linear_cells.coordinates import Coordinates
 from pyro_em.updates.linear_cells.placed import places_of
+from pyro_em.updates.sums.parted_problem import PartedProblem
 from pyro_em.updates.unbounded import Runaway, unbounded_in_words
 
 _LONGEST = 3.0  # of a coordinate in one step
@@ -116,8 +117,15 @@ class NewtonSolver:
         """
         # An M-step on sums runs in inference mode, which knows no derivatives.
         with torch.inference_mode(False):
-            before = {n: values[n].detach().to("cpu", torch.float64, copy=True) for n in self.block}
             problem = self.places.at(statistics, arguments, values)
+            return self.solve_problem(problem, values)
+
+    def solve_problem(
+        self, problem: Problem | PartedProblem, values: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+        """The same of a problem that sums have posed already; see `solve`."""
+        with torch.inference_mode(False):
+            before = {n: values[n].detach().to("cpu", torch.float64, copy=True) for n in self.block}
             u, is_told = problem.maximum(self.coordinates.enter(before)), True
             if u is None:
                 u, is_told = self._climb(problem, self.coordinates.enter(before))
@@ -139,7 +147,7 @@ class NewtonSolver:
             raise Further(new, empty)
         return new, empty
 
-    def _climb(self, problem: Problem, u: Tensor) -> tuple[Tensor, bool]:
+    def _climb(self, problem: Problem | PartedProblem, u: Tensor) -> tuple[Tensor, bool]:
         """The coordinates of the maximum, from where parameters are.
 
         Returns:
@@ -178,7 +186,7 @@ class NewtonSolver:
         return u, True
 
     def _searched(
-        self, problem: Problem, u: Tensor, step: Tensor, here: There
+        self, problem: Problem | PartedProblem, u: Tensor, step: Tensor, here: There
     ) -> tuple[Tensor, There, bool]:
         """As far along the step as Q does not fall, block by block; whether sums end before."""
         is_cut = False
@@ -198,7 +206,12 @@ class NewtonSolver:
         return u, here, is_cut
 
     def _refuse(
-        self, problem: Problem, begin: Tensor, u: Tensor, here: There, without_end: Tensor
+        self,
+        problem: Problem | PartedProblem,
+        begin: Tensor,
+        u: Tensor,
+        here: There,
+        without_end: Tensor,
     ) -> None:
         """Name the parameter that runs off."""
         way = (u - begin).abs() * problem.spread_one(1.0 * without_end)
