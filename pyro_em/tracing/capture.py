@@ -47,7 +47,8 @@ class ParameterCapture(Messenger):
 
     Attributes:
         aside: A block whose operations are none of the model's.
-        handed_out: Values that were handed out before Pyro looked for any, and are noted.
+        handed_out: Values that were handed out before Pyro looked for any.
+        noted: Those of them that were noted at once.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class ParameterCapture(Messenger):
         self.parameters: dict[str, TracedParameter] = {}
         self._starts: dict[str, torch.Tensor] = {}
         self.handed_out: dict[str, torch.Tensor] = {}
+        self.noted: dict[str, torch.Tensor] = {}
         self._constraints: dict[str, constraints.Constraint] = {}
 
     def _process_message(self, msg: Any) -> None:
@@ -75,7 +77,7 @@ class ParameterCapture(Messenger):
             self.before(msg)
 
     def _postprocess_message(self, msg: Any) -> None:
-        if msg["type"] == "param" and self.handed_out.get(msg["name"]) is not msg["value"]:
+        if msg["type"] == "param" and self.noted.get(msg["name"]) is not msg["value"]:
             self.after(msg)
 
     def before(self, msg: Any) -> None:
@@ -131,7 +133,9 @@ class ParameterCapture(Messenger):
         value.unconstrained = ref(own)  # type: ignore[attr-defined]
         self.handed_out[name] = value
         msg["value"], msg["done"] = value, True
-        self.after(msg)
+        if not self.look_at_initial_shape:  # which handlers around the run may still change
+            self.noted[name] = value
+            self.after(msg)
 
     def _note_start(self, msg: dict[str, Any]) -> None:
         """Note the initial value of a parameter that this run initialises."""

@@ -88,7 +88,7 @@ class LeanTrace(TraceMessenger):
         if msg["type"] != "sample" or msg["infer"].get("_do_not_trace") or name in nodes:
             super()._postprocess_message(msg)
             capture = self.capture if msg["type"] == "param" else None
-            if capture is not None and capture.handed_out.get(name) is not msg["value"]:
+            if capture is not None and capture.noted.get(name) is not msg["value"]:
                 capture.after(msg)
         else:
             nodes[name] = msg.copy()
