@@ -121,7 +121,7 @@ class GroupedRows(Mixture):
         for f in block.factors:
             if 0 not in f.reads:
                 continue
-            if f.others or not all(isinstance(r, _DIVISIBLE) for r in f.normals.values()):
+            if f.others or not all(type(r) in _DIVISIBLE for r in f.normals.values()):
                 return why_not_constant(graph.groups[shape.rowwise[0]])
         block.codes, block.ends = codes, ends
         return block
