@@ -189,7 +189,13 @@ def keeping(kept: dict[str, Tensor], form: Callable[[Tensor], Tensor]) -> Model:
 
 
 @pytest.mark.parametrize(
-    "form", [lambda t: t, lambda t: (t - t.mean(0)).unsqueeze(1).squeeze(1)], ids=["itself", "view"]
+    "form",
+    [
+        lambda t: t,
+        lambda t: (t - t.mean(0)).unsqueeze(1).squeeze(1),
+        lambda t: torch.cat([t.T[:1].mul_(2).T, t], 1)[:, 1:],
+    ],
+    ids=["itself", "view", "written into"],
 )
 def test_features_that_a_model_keeps_have_numbers(form: Callable[[Tensor], Tensor]) -> None:
     kept: dict[str, Tensor] = {}
