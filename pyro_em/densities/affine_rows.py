@@ -22,7 +22,7 @@ from pyro_em.updates.update import LeastSquares, Newton, ParameterUpdate
 
 _FEW = 2**16  # numbers from which on the same of all rows is held once
 
-_MANY = 2**22  # numbers from which on the model's own are read where they lie
+_MANY = 2**21  # numbers from which on the model's own are read where they lie
 
 Held = tuple[str, tuple[int, ...], torch.dtype]  # a parameter, its shape and its dtype
 

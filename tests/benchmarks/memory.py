@@ -186,6 +186,31 @@ def _observed_data(rows: int) -> tuple[Tensor, ...]:
     return x[:, 0].contiguous(), start
 
 
+def experts(x: Tensor, y: Tensor, start: Tensor) -> None:
+    """Linear regressions whose weights read the covariates, too."""
+    v, w = pyro.param("v", 0.1 * start), pyro.param("w", start.clone())
+    s = pyro.param("s", torch.ones(len(start)).double(), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(logits=x @ v.T))
+        pyro.sample("y", dist.Normal((x * w[z]).sum(-1), s[z]), obs=y)
+
+
+def classes(x: Tensor, y: Tensor, start: Tensor) -> None:
+    """Ten binary items, and covariates that say of which class a row is."""
+    v = pyro.param("v", torch.zeros(len(start), x.shape[1]).double())
+    q = pyro.param("q", start.clone(), constraint=C.unit_interval)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(logits=x @ v.T))
+        pyro.sample("y", dist.Bernoulli(q[z]).to_event(1), obs=y)
+
+
+def _classes_data(rows: int) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    q = torch.rand(COMPONENTS, 10).double()
+    y = torch.bernoulli(q[torch.randint(COMPONENTS, (rows,))])
+    return torch.randn(rows, 4).double(), y, 0.1 + 0.8 * q
+
+
 def _spread(kind: str) -> Callable[[int], tuple[Tensor, ...]]:
     """Data of one number in a row, of components that lie apart, and a start."""
 
@@ -265,6 +290,8 @@ MODELS: dict[str, tuple[str, Callable[..., None], Callable[[int], Any], dict[str
     "grouped": ("Gaussians, weights by group", grouped, _grouped_data, {}),
     "means": ("Gaussians of one number, means by group", means, _grouped_data, {}),
     "factors": ("factor analysis, 4 factors", factors, _factor_data, {}),
+    "experts": ("experts, weights read covariates", experts, _regressed, {}),
+    "classes": ("latent classes with covariates", classes, _classes_data, {}),
     "weighed": ("Gaussians, diagonal, rows with weights", weighed, _weighed_data, {}),
     "mixed": ("a number, a yes or no, a symbol", mixed, _mixed_data, {}),
     "counts": ("eight Poisson counts", counts, _counts_data, {}),
