@@ -194,6 +194,36 @@ def test_what_an_argument_is_made_of_is_held(monkeypatch: pytest.MonkeyPatch) ->
     assert sum(runs) < 4 * N + 500  # two plain runs, one in slices, and those of a few rows
 
 
+@pytest.mark.parametrize("bent", [False, True])
+def test_groups_among_the_arguments_are_found(bent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few rows show that a group chooses elements; one row, that it is not always this one."""
+    g = torch.randint(3, (N,), generator=torch.Generator().manual_seed(2))
+    g[17] = 3
+    monkeypatch.setattr(slices, "_CELLS", 300)
+
+    def model(x: Tensor, g: Tensor) -> None:
+        weights = W.repeat(2, 1)[:4, :K].abs()
+        p = pyro.param("p", weights / weights.sum(1, keepdim=True), constraint=C.simplex)
+        mu = pyro.param("mu", W[:, 0].clone())
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(p[g.clamp(max=2) if bent else g]))
+            pyro.sample("x", dist.Normal(mu[z], 1.0), obs=x[:, 0])
+
+    found = []
+    for many in (2**60, 1):
+        monkeypatch.setattr(slices, "_MANY", many)
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(model)
+        result = em.fit(X, g, max_steps=3, tol=0)
+        found.append((list(result.history), result.params["p"]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-9)
+    read = em._ready((X, g), {})
+    assert isinstance(read, Program) and read.graph.parted == "n"
+    (own,) = (group for group in read.graph.groups if group.observed)
+    assert (own.value.data_ptr() == X.data_ptr()) == (not bent)
+
+
 def test_what_a_group_of_rows_chooses_is_held_by_row_and_by_cell(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

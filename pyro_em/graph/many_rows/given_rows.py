@@ -73,6 +73,10 @@ class Given:
                 return whole.reshape(len(whole), *rest)
         if flat.shape[1] > _MANY:
             raise NotGiven
+        if flat.shape[1] == 1 and flat.dtype == torch.int64:
+            chosen = self._chosen(flat[:, 0])
+            if chosen is not None:
+                return chosen.reshape(-1, *rest)
         found = [self.places.get((flat.dtype, _as_bytes(c))) for c in flat.unbind(1)]
         if any(f is None and bool((c != c[0]).any()) for f, c in zip(found, flat.T, strict=True)):
             raise NotGiven
@@ -88,6 +92,28 @@ class Given:
             ]
             out = torch.stack(columns, 1)
         return out.reshape(len(out), *rest)
+
+    def _chosen(self, few: Tensor) -> Tensor | None:
+        """Numbers of elements that a known group of each row chooses, a + b g_n; None for others.
+
+        Args:
+            few: Those of the few rows. # (few,)
+        """
+        if bool((few == few[0]).all()):
+            return None
+        for own, whole in zip(self.few, self.whole, strict=True):
+            if own.dtype != torch.int64:
+                continue
+            for c, column in enumerate(own.unbind(1)):
+                other = int((column != column[0]).to(torch.int8).argmax())
+                step, rest = int(column[other] - column[0]), int(few[other] - few[0])
+                if not step or rest % step:
+                    continue
+                slope = rest // step
+                first = int(few[0]) - slope * int(column[0])
+                if torch.equal(slope * column + first, few):
+                    return slope * whole[:, c] + first
+        return None
 
 
 def of_given_rows(alone: FactorGraph, rows: Tensor, slices: Slices) -> FactorGraph | None:
