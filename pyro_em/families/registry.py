@@ -18,6 +18,7 @@ import torch
 from pyro_em.distributions import unwrap
 from pyro_em.errors import UsageError, message
 from pyro_em.families import (
+    clamped,
     compound,
     discrete,
     exponential,
@@ -46,6 +47,7 @@ REGISTRY: dict[type, Family] = {
         one_sided,
         normal,
         missing,
+        clamped,
         uniform,
         weibull,
         wishart,

@@ -6,8 +6,9 @@ sites; `unregistered` and `coupling` see what shapes do not show, `checks` what 
 latents enumerated. `trace` brings such a run into the compact `layout` (`compact`, `forms`, `stacking`,
 `stretches`, `diagonals`, `unrecorded`) as the groups of `factors`; `laid_out` keeps how that was done
 for later runs, and `told_by_selections` what was decided of them. `parting` takes a graph apart, `axes`
-names its axes, `all_data` says what a part is told of all, `later_arguments` are computed when asked
-for, and `prediction` holds a graph against another run. Each folder has one subject:
+names its axes, `clamps` makes factors of what is seen of a latent, `all_data` says what a part is told
+of all, `later_arguments` are computed when asked for, and `prediction` holds a graph against another
+run. Each folder has one subject:
 
 * the model as it is, and all that is wrong with it: `findings`; what to say where it raises: `failing`;
 * how parameters reach each argument: `bindings`;

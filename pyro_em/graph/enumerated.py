@@ -103,6 +103,7 @@ def run_enumerated(
             latents=frozenset(structure.latents),
             max_plate_nesting=structure.max_plate_nesting,
             kept=structure.kept_values,
+            clamped=frozenset(structure.clamped),
             limit=limit,
             **how,
         )

@@ -40,6 +40,7 @@ from pyro_em.graph.unrecorded import log_density_of_site
 from pyro_em.tracing.feasible import without_masked_nonsense
 from pyro_em.tracing.sites import Role, frames_of, mask_tensor
 
+_POSSIBLE = ("Unit", "Clamped")  # of which no value is nonsense where it is masked
 _LARGE = 1 << 16  # numbers of an argument from which on it is read without its copies
 _KINDS = 8  # of bindings among sites of one form that are told apart together
 
@@ -279,7 +280,7 @@ class FactorLayout:
         scale = site["scale"]
         if isinstance(scale, Tensor):
             scale = compact(scale, 0, dims) if scale.dim() else float(scale)
-        if is_masked and site["is_observed"] and type(base).__name__ != "Unit":
+        if is_masked and site["is_observed"] and type(base).__name__ not in _POSSIBLE:
             value = without_masked_nonsense(fn, value, element_mask(fn, site["mask"]))
         if name.removesuffix("_observed") in self.structure.masked_pairs:
             value = value.clone()  # a posterior shows it when it is asked
@@ -421,7 +422,7 @@ def _stray(name: str, structure: Structure, shape: tuple[int, ...], size: int) -
 
 def _typed(value: Tensor, arguments: Mapping[str, Tensor], family: Family) -> Tensor:
     """Observed counts as numbers of the arguments' dtype; categories stay integers."""
-    if family.name == "Categorical":
+    if family.name in ("Categorical", "Clamped"):
         return value
     dtypes = [t.dtype for t in arguments.values() if t.is_floating_point()]
     if not dtypes:

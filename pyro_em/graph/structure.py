@@ -143,6 +143,16 @@ class Structure(Portable):
         """The same with a few steps of each loop that runs over indices: they are all alike."""
         return self if self.series is None else self.series.sketch
 
+    @property
+    def clamped(self) -> tuple[str, ...]:
+        """The ``obs_mask`` sites whose labels are factors of a latent that all rows have."""
+        return tuple(
+            name
+            for name in self.masked_pairs
+            if f"{name}_observed" in self.sites
+            and f"{name}_unobserved" in self.sites[f"{name}_observed"].scope
+        )
+
     @cached_property
     def data_plates(self) -> tuple[str, ...]:
         """The plates that all observations share, outermost first; loops included."""

@@ -15,6 +15,7 @@ from pyro_em.distributions import is_outside
 from pyro_em.errors import DegenerateError, Finding, ModelError, PyroEMError, raise_findings
 from pyro_em.graph.bindings.shared_distributions import SharedDistributions
 from pyro_em.graph.bindings.signatures import KeptSelections, Recurring
+from pyro_em.graph.clamps import with_clamps
 from pyro_em.graph.diagonals import with_diagonals
 from pyro_em.graph.enumerated import more_than_torch_has, run_enumerated
 from pyro_em.graph.factors import FIXED_SIZE, FactorGraph, Latent
@@ -214,6 +215,10 @@ def _traced(
     if log is not None:
         log.forms = forms
     _require_sizes(sites, structure, forms)
+    as_run, clamped = (sites, forms), structure.clamped
+    if clamped:
+        sites = with_clamps(sites, clamped)
+        forms = forms_of(sites)
     leaves = {name: p.leaf for name, p in run.parameters.items()}
     bindings = Recurring(leaves, kept) if with_bindings else None
     layout = FactorLayout(sites, structure, bindings, detached)
@@ -222,7 +227,7 @@ def _traced(
     if problems:
         raise_findings(problems)
     if looked is not None:
-        require_same(model, args, kwargs, sites, structure, looked, forms, parts)
+        require_same(model, args, kwargs, as_run[0], structure, looked, as_run[1], parts)
     if values is None:  # not at a trial point
         _require_inside(sites, structure)
     if only is not None and not layout.is_masked:
@@ -401,7 +406,8 @@ def _count_where_needed(factors: Sequence[Factor], structure: Structure) -> list
         for latent in f.info.scope:
             if latent != f.info.name:
                 children.setdefault(latent, []).append(f)
-    counted: dict[str, Factor] = {}
+    # What is seen of a latent is a factor before it in the model's order.
+    counted = {f.info.name: f for f in factors if f.info.observed}
     for f in reversed(factors):
         mask = f.mask
         if mask is not None and not f.info.observed and f.info.name not in unread:

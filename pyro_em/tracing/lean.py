@@ -173,6 +173,7 @@ class EnumTrace(LeanTrace, EnumMessenger):
             marks.
         kept: Values of unobserved sites that are not enumerated.
         capture: A handler of parameters alone.
+        clamped: Sites with ``obs_mask`` whose value is that of their unobserved part in all rows.
 
     Attributes:
         draws: A block in which each latent is drawn before it is enumerated, and Gaussian ones that
@@ -193,8 +194,10 @@ class EnumTrace(LeanTrace, EnumMessenger):
         latents: frozenset[str] | None = None,
         kept: Mapping[str, Tensor] | None = None,
         capture: ParameterCapture | None = None,
+        clamped: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(capture)
+        self.clamped = clamped
         self.first_available_dim = first_available_dim
         self.latents, self.kept = latents, kept or {}
         self._supports: dict[tuple[Any, ...], Tensor] = {}
@@ -210,6 +213,9 @@ class EnumTrace(LeanTrace, EnumMessenger):
             self._note_scope(msg)
         super()._process_message(msg)
         name, infer = msg["name"], msg["infer"]
+        if name in self.clamped and infer.get("_deterministic"):
+            both, own = msg["value"], self.trace.nodes[f"{name}_unobserved"]["value"]
+            msg["value"] = own if own.dtype == both.dtype else own.to(both.dtype)
         if name in self.kept and not msg["done"] and is_latent(msg):
             # Not marked as done: the site's scope has still to be noted.
             msg["value"] = self.kept[name]

@@ -381,6 +381,7 @@ def enumerated_run(
     reading: Callable[..., Any] | None = None,
     begin: Begin | None = None,
     met: Met | None = None,
+    clamped: frozenset[str] = frozenset(),
 ) -> Run:
     """Run a model with ``latents`` enumerated to the left of ``max_plate_nesting`` dimensions.
 
@@ -400,11 +401,12 @@ def enumerated_run(
         reading: Runs each operation, to note what it reads; with a limit only.
         begin: How parameters get their first values in it; None where they have values.
         met: Called with each site once it is traced, which it may change.
+        clamped: Sites with ``obs_mask`` whose value is that of their unobserved part in all rows.
     """
     log = reading if isinstance(reading, OperationLog) else None
     begins = begin is not None
     capture = ParameterCapture(values, begins, hand_out=not attached, log=log, begins=begins)
-    tracer = EnumTrace(-1 - max_plate_nesting, latents, kept, capture)
+    tracer = EnumTrace(-1 - max_plate_nesting, latents, kept, capture, clamped)
     tracer.met, tracer.aside = met, capture.aside
     tracer.made = None if log is None else log.make
     if begin is not None:

@@ -26,6 +26,7 @@ from pyro_em.errors import UsageError, message
 from pyro_em.fitting.results.asymptotic import asymptotic_draws
 from pyro_em.fitting.results.labels import Labels, ParameterForm, labels_of
 from pyro_em.globs import natural
+from pyro_em.graph.clamps import places_of_labels
 from pyro_em.graph.factors import FactorGraph, Group, seen_entries
 from pyro_em.graph.structure import Structure
 from pyro_em.posteriors.answers.posterior import Posterior
@@ -146,8 +147,26 @@ def observed_in(graph: FactorGraph) -> dict[str, tuple[Tensor, list[str]]]:
             if group.role is Role.DATA and group.observed and group.distribution != "Unit":
                 seen = seen_entries(group)
                 for i, name in enumerate(group.members):
-                    out[name.removesuffix("_observed")] = _observed(graph, group, i, seen)
+                    user = name.removesuffix("_observed")
+                    out[user] = _labels(graph, user) or _observed(graph, group, i, seen)
     return out
+
+
+def _labels(graph: FactorGraph, name: str) -> tuple[Tensor, list[str]] | None:
+    """The labels of a latent that is seen in part, and its plates. # (*plates, *event)"""
+    places = places_of_labels(graph, name)
+    if places is None:
+        return None
+    group, i = graph.group_of(f"{name}_observed")
+    plates = list(group.dims[i][: group.n_plates])
+    support = graph.latents[f"{name}_unobserved"].support
+    places = places.expand([graph.dim_size(p) for p in plates])
+    value = support.double()[places.clamp(0, len(support) - 1)]
+    if group.mask is not None:
+        seen = group.mask[min(i, len(group.mask) - 1)].flatten(group.n_plates).any(-1)
+        seen = seen.reshape(seen.shape + (1,) * (support.dim() - 1))
+        value = torch.where(seen, value, torch.nan)
+    return value, plates
 
 
 def _observed(

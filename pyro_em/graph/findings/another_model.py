@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import raise_findings
+from pyro_em.graph.clamps import with_labels
 from pyro_em.graph.findings.agreement import differing, disagreements, other_model
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.randomness import seeded
@@ -47,6 +48,7 @@ def require_same(
     """
     with torch.no_grad():
         nesting = structure.max_plate_nesting
+        looked = with_labels(looked, structure.clamped)
         off = disagreements(sites, looked, structure.latents, nesting, forms, parts)
         if not off and structure.joined and not parts:
             off = _off_elsewhere(model, args, kwargs, sites, structure, looked, forms)
@@ -94,7 +96,10 @@ def _off_elsewhere(
             run = held_run(model, args, kwargs, {**held, **at})
         except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError):
             continue  # these values lead elsewhere
-        off = disagreements(sites, run, structure.latents, structure.max_plate_nesting, forms, None)
+        plain = with_labels(run, structure.clamped)
+        off = disagreements(
+            sites, plain, structure.latents, structure.max_plate_nesting, forms, None
+        )
         if off:
             return off
     return []

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_em.distributions import has_finite_support, support_size_of
 from pyro_em.errors import Finding, UsageError, message, raise_findings
+from pyro_em.graph.clamps import may_be_clamped
 from pyro_em.graph.failing.blame import given_arguments, given_tensors, same_tensor
 from pyro_em.graph.failing.failures import changing_sites
 from pyro_em.graph.findings.first_run import (
@@ -196,6 +197,8 @@ def _findings(
     latents = {n: None for n in unobserved_sites if n not in dropped}
     counted = {n: scope for n, scope in scopes.items() if n not in dropped}
     coupled = coupled_latents(model, args, kwargs, plain, tagged.suspects & latents.keys(), counted)
+    for name in may_be_clamped(masked_pairs, latents, tagged.sites):
+        scopes[f"{name}_observed"] = frozenset({f"{name}_unobserved"})
     site_plates = {n: tuple(own) for n, own in frames.items()}
     children = _children(scopes)
     marginals = marginals_of(model, args, kwargs, plain, scopes, not guide_given)

@@ -121,7 +121,9 @@ def _depends_on_rows(graph: FactorGraph, plate: str, bound: bool) -> bool:
 
     Where conjugate latents are at their units a number for each row is enough.
     """
-    found, least = False, 0 if any(g.role is Role.CONJUGATE for g in graph.groups) else 1
+    # Pyro puts labels and the values of a latent together, for each row and value.
+    found = bool(graph.structure.clamped)
+    least = 0 if any(g.role is Role.CONJUGATE for g in graph.groups) else 1
     for group in graph.groups:
         if group.raw is not None or group.value_binding is not None or group.nested is not None:
             return False

@@ -67,7 +67,9 @@ class Slices:
         plate = structure.data_plate
         if plate is None or structure.series is not None or structure.random_plates:
             return None
-        if structure.kept_values or structure.masked_pairs or structure.lines or structure.coupled:
+        if structure.kept_values or structure.lines or structure.coupled:
+            return None
+        if len(structure.clamped) < len(structure.masked_pairs):
             return None
         rows = structure.plates[plate].size
         cells = max(_cells_of_row(structure, name) for name in structure.sites)

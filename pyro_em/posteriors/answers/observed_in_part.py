@@ -16,9 +16,12 @@ from pyro_em.posteriors.answers.names import observed_steps
 
 def under_user_names(graph: FactorGraph, values: dict[str, Tensor]) -> Values:
     """Values of ``obs_mask`` sites under the user's names, with what was observed."""
+    clamped = set(graph.structure.clamped)
     for name, mask in graph.structure.masked_pairs.items():
         hidden = f"{name}_unobserved"
-        if hidden in values:
+        if name in clamped and hidden in values:
+            values[name] = values.pop(hidden)
+        elif hidden in values:
             values[name] = _where_observed(graph, name, mask, values.pop(hidden))
     return Values(values, observed_steps(graph))
 
@@ -50,6 +53,8 @@ def with_observed(graph: FactorGraph, name: str, probs: Tensor) -> Tensor:
         name: The site's name in the model.
         probs: The marginals of its unobserved part. # (*plates, K)
     """
+    if name in graph.structure.clamped:
+        return probs
     latent = graph.latents[f"{name}_unobserved"]
     value = _observed_value(graph, name)
     event_dim = latent.support.dim() - 1

@@ -20,6 +20,7 @@ from pyro_em.densities.features import Cells
 from pyro_em.densities.gaussian import Gaussian, Prepared
 from pyro_em.densities.theta import At
 from pyro_em.graph.bindings.binding import is_in_order
+from pyro_em.posteriors.mixtures.labels import Labels
 from pyro_em.posteriors.mixtures.responsibilities import sum_of_logs, unnormalised
 from pyro_em.posteriors.mixtures.row_factors import RowFactors
 from pyro_em.updates.expectations.statistics import NATURAL, Expectation
@@ -40,6 +41,7 @@ class FewRows:
         N: Rows.
         noise: How far rounding may carry the evidence, by the size of the largest term.
         rounded: The rule of the rows, where coefficients are rounded to fewer digits.
+        labels: What is seen of the latent.
     """
 
     g: int
@@ -50,6 +52,7 @@ class FewRows:
     N: int
     noise: float
     rounded: Gaussian | None
+    labels: tuple[Labels, ...] = ()
 
     @classmethod
     def of(cls, factors: RowFactors, cells: Mapping[int, Cells], N: int) -> FewRows | None:
@@ -72,7 +75,17 @@ class FewRows:
             return None  # a chunk is quicker: its exponentials are kept from the smallest numbers
         in_order = is_in_order(table.columns) and len(table.columns) == factors.K
         noise = 2e-16 * N**0.5
-        return cls(g, rule.stored, rule.stored.T, table.columns, in_order, N, noise, rounded)
+        return cls(
+            g,
+            rule.stored,
+            rule.stored.T,
+            table.columns,
+            in_order,
+            N,
+            noise,
+            rounded,
+            factors.labels,
+        )
 
     def e_step(self, at: At) -> Expectation | None:
         """Evidence and sums at some parameters; None where components are too narrow for products.
@@ -89,6 +102,8 @@ class FewRows:
         log_pi = eta if is_all else eta.take(self.columns)
         constant = log_pi.unsqueeze(-1).to(p.constant.dtype) + p.constant
         joint = torch.addmm(constant, p.linear, self.features)
+        for labels in self.labels:
+            joint = labels.clamp(joint, slice(0, self.N))
         evidence, weights = responsibilities(joint)
         mass = weights.sum(1, dtype=torch.float64)
         moments = (weights @ self.transposed).to(torch.float64)

@@ -30,6 +30,7 @@ from pyro_em.errors import Finding
 from pyro_em.graph.factors import FactorGraph, Group, Latent
 from pyro_em.posteriors.block import Component, Values
 from pyro_em.posteriors.mixtures.few_rows import FewRows
+from pyro_em.posteriors.mixtures.labels import Labels
 from pyro_em.posteriors.mixtures.per_row import PerRow
 from pyro_em.posteriors.mixtures.product_states import added, summed
 from pyro_em.posteriors.mixtures.responsibilities import sum_of_logs, unnormalised
@@ -228,7 +229,7 @@ class Mixture(QuickBlock):
     @cached_property
     def _sole(self) -> tuple[int, CompiledRows] | None:
         """The only group that reads rows, where a compiled loop may add them up."""
-        if len(self.factors) > 1 or self.factors[0].linear is not None:
+        if len(self.factors) > 1 or self.factors[0].linear is not None or self.factors[0].labels:
             return None
         (f,) = self.factors
         rules = list(f.normals.items())
@@ -422,6 +423,7 @@ def _factors(
     normals: dict[int, NormalRows] = {}
     others: list[int] = []
     masks: dict[int, Tensor] = {}
+    labels: list[Labels] = []
     for g in groups:
         group = graph.groups[g]
         if g in linears:
@@ -440,10 +442,14 @@ def _factors(
         elif single:
             rule = rule_of(group, K, graph.all_data)
         if rule is None:
-            others.append(g)
+            known = Labels.of(group, K, N)
+            if known is None:
+                others.append(g)
+            else:
+                labels.append(known)
             continue
         normals[g] = rule
         if mask is not None:
             masks[g] = mask.reshape(-1).expand(N)
     linear = RowFeatures.of(pieces, N) if pieces else None
-    return RowFactors(reads, K, linear, normals, tuple(others), masks)
+    return RowFactors(reads, K, linear, normals, tuple(others), masks, tuple(labels))

@@ -19,6 +19,7 @@ from pyro_em.densities.row_features import RowFeatures
 from pyro_em.densities.theta import At
 from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.posteriors.mixtures.labels import Labels
 from pyro_em.posteriors.mixtures.rows import restricted
 from pyro_em.updates.expectations.statistics import group_sums
 
@@ -88,6 +89,7 @@ class RowFactors:
         normals: Normal groups that are evaluated by matrix products.
         others: Groups that are evaluated by their family.
         counted: Which rows of a Normal group count, where some are masked. # (N,)
+        labels: What is seen of the latents.
     """
 
     reads: tuple[int, ...]
@@ -96,6 +98,7 @@ class RowFactors:
     normals: Mapping[int, NormalRows]
     others: tuple[int, ...]
     counted: Mapping[int, Tensor]
+    labels: tuple[Labels, ...] = ()
 
     def width(self, graph: FactorGraph) -> int:
         """Numbers per row that a chunk holds."""
@@ -141,8 +144,22 @@ class RowFactors:
             table = part.log_density(at.arguments[g])
             table = table.reshape(len(part.members), -1, self.K).sum(0).T
             joint = table if joint is None else joint + table
+        if self.labels:
+            # Else its memory is this chunk's own.
+            if joint is None or joint is onto or joint.shape[1] < here.rows.stop - here.rows.start:
+                joint = self._own(joint, here.rows)
+            for labels in self.labels:
+                joint = labels.clamp(joint, here.rows)
         assert joint is not None
         return joint
+
+    def _own(self, onto: Tensor | None, rows: slice) -> Tensor:
+        """What is there, for each of some rows. # (K, rows)"""
+        size = self.K, rows.stop - rows.start
+        if onto is None:
+            device = self.labels[0].places.device
+            return torch.zeros(size, dtype=torch.float64, device=device)
+        return onto.expand(size).clone()
 
     def collect(self, at: At, weights: Tensor, here: AtRows, sums: Collected, number: int) -> None:
         """Add the sums of some rows.

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_em.graph.clamps import places_of_labels
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
 
@@ -149,8 +150,9 @@ def _readers(graph: FactorGraph) -> _Readers:
     }
     observed: dict[str, list[tuple[int, int]]] = {n: [] for n in graph.latents}
     latent: dict[str, list[str]] = {n: [] for n in graph.latents}
+    labels = {f"{name}_observed" for name in graph.structure.clamped}
     for name in graph.structure.sites:
-        if name not in places:
+        if name not in places or name in labels:
             continue
         g, i = places[name]
         group = graph.groups[g]
@@ -326,19 +328,13 @@ def _weights(graph: FactorGraph, latent: str, sizes: Sequence[int], device: torc
 def _labels(graph: FactorGraph, latent: str, sizes: Sequence[int], device: torch.device) -> Tensor:
     """Labels of the rows of an ``obs_mask`` site that were observed; −1 elsewhere."""
     name = latent.removesuffix("_unobserved")
-    mask = graph.structure.masked_pairs.get(name)
-    observed = f"{name}_observed"
-    if name == latent or mask is None or observed not in graph.structure.sites:
+    label = None if name == latent else places_of_labels(graph, name)
+    if label is None:
         return torch.full((_product(sizes),), -1, device=device)
-    group, i = graph.group_of(observed)
+    group, i = graph.group_of(f"{name}_observed")
     own, plates = graph.latents[latent].plates, group.dims[i][: group.n_plates]
-    value, support = group.value[i].detach(), graph.latents[latent].support
-    n_dims = len(group.sizes)
-    same = value.unsqueeze(n_dims) == support.to(value.device)  # (*dims or 1s, K, *event)
-    label = same.reshape(*same.shape[: n_dims + 1], -1).all(-1).long().argmax(-1)
-    label = (
-        label.permute([plates.index(p) for p in own]).expand(tuple(sizes)).reshape(-1).to(device)
-    )
+    label = label.permute([plates.index(p) for p in own]).expand(tuple(sizes)).reshape(-1)
+    label, mask = label.to(device), graph.structure.masked_pairs[name]
     known = mask.to(device).expand(tuple(sizes)).reshape(-1)
     return torch.where(known, label, -1)
 
