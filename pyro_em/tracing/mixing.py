@@ -146,15 +146,21 @@ class Mixing:
             self.read |= tags
         if name in _ELEMENTWISE or (name[-1:] == "_" and name[:-1] in _ELEMENTWISE):
             return
-        if tags not in self._known:
-            own = tags & self.plates.keys()
-            sizes = frozenset(n for z in own for n in self.plates[z])
-            self._known[tags] = own, sizes
-        own, sizes = self._known[tags]
+        own, sizes = self._of(tags)
         if len(own) < len(tags) and not _is_from_the_right(name, args, kwargs):
             self.joined |= tags - own
+        if name == "__getitem__" and own:
+            # An index is read element by element: what may be mixed is what it chooses from.
+            own, sizes = self._of(getattr(args[0], "_provenance", frozenset()))
         if own and not own <= self.suspects and _may_mix(name, args, kwargs, sizes, is_tagged, out):
             self.suspects |= own
+
+    def _of(self, tags: frozenset[str]) -> tuple[frozenset[str], frozenset[int]]:
+        """Those of some latents that are in plates, and the sizes of these."""
+        if tags not in self._known:
+            own = tags & self.plates.keys()
+            self._known[tags] = own, frozenset(n for z in own for n in self.plates[z])
+        return self._known[tags]
 
 
 def _is_from_the_right(name: str, args: tuple, kwargs: Mapping[str, Any]) -> bool:

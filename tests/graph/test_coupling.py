@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -651,3 +652,25 @@ def test_rows_have_no_weights_of_their_own_where_their_draws_meet() -> None:
             num_particles=512
         )
     assert found.pointwise is None and found.value == pytest.approx(truth, abs=0.1)
+
+
+def runs_of_a_map_fit(in_plate):
+    """How often a mixture is run until its plan is made, its means in a plate of their own or not."""
+    runs = []
+
+    def model(x):
+        runs.append(len(x))
+        with pyro.plate("k", 2) if in_plate else contextlib.nullcontext():
+            normal = dist.Normal(torch.zeros(2), 10.0)
+            mu = pyro.sample("mu", normal if in_plate else normal.to_event(1))
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            pyro.sample("x", dist.Normal(mu[z], 1.0), obs=x)
+
+    ExactPosteriorEM(model, guide="map").plan(X)
+    return len(runs)
+
+
+def test_components_that_rows_choose_from_are_not_moved():
+    """No site of the components' plate reads their means, and an index is read row by row."""
+    assert runs_of_a_map_fit(True) == runs_of_a_map_fit(False)

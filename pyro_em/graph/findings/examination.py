@@ -28,7 +28,11 @@ from pyro_em.graph.findings.first_run import (
     run_plainly,
 )
 from pyro_em.graph.findings.folded import with_other_shadows, without_graphs
-from pyro_em.graph.findings.held_latents import coupled_latents, with_numbers_read
+from pyro_em.graph.findings.held_latents import (
+    coupled_latents,
+    reaching_in_plates,
+    with_numbers_read,
+)
 from pyro_em.graph.findings.initial import forget_bad_starts, start_problems
 from pyro_em.graph.findings.marginals import marginals_of
 from pyro_em.graph.findings.readable import (
@@ -196,7 +200,10 @@ def _findings(
     dropped = set(barren)
     latents = {n: None for n in unobserved_sites if n not in dropped}
     counted = {n: scope for n, scope in scopes.items() if n not in dropped}
-    coupled = coupled_latents(model, args, kwargs, plain, tagged.suspects & latents.keys(), counted)
+    suspects = reaching_in_plates(
+        tagged.suspects & latents.keys(), tagged.read, plain.sites, counted
+    )
+    coupled = coupled_latents(model, args, kwargs, plain, suspects, counted)
     for name in may_be_clamped(masked_pairs, latents, tagged.sites):
         scopes[f"{name}_observed"] = frozenset({f"{name}_unobserved"})
     site_plates = {n: tuple(own) for n, own in frames.items()}

@@ -7,7 +7,7 @@ with them reads them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pyro_em.errors import raise_findings
@@ -15,7 +15,7 @@ from pyro_em.graph.coupling import Coupling, couplings, moved_by
 from pyro_em.graph.failing.failures import changing_sites
 from pyro_em.tracing.allocation import NumbersNeeded
 from pyro_em.tracing.runs import Model, Run, held_run
-from pyro_em.tracing.sites import latents_in
+from pyro_em.tracing.sites import frames_of, latents_in
 
 
 def with_numbers_read(
@@ -45,6 +45,32 @@ def with_numbers_read(
         for name in moved:
             scopes[name] |= {latent}
     return scopes
+
+
+def reaching_in_plates(
+    suspects: frozenset[str],
+    read: frozenset[str],
+    sites: Mapping[str, Mapping[str, Any]],
+    scopes: Mapping[str, frozenset[str]],
+) -> frozenset[str]:
+    """Suspects whose elements another element may read: where no site of their plates does, none can.
+
+    The means of components, in a plate of their own, are chosen from by each row, `mu[z]`, and all
+    that reads them is outside that plate.
+
+    Args:
+        suspects: Latents whose elements a provenance run may have mixed.
+        read: Those that were read as numbers: nobody knows what these reach.
+        sites: All sites as a plain run traced them.
+        scopes: For each site that counts, the latents that reach it.
+    """
+    plates = {name: frames_of(sites[name]).keys() for name in {*suspects, *scopes}}
+    reaching = {z for name, scope in scopes.items() for z in scope if _meet(plates, name, z)}
+    return suspects & (reaching | read)
+
+
+def _meet(plates: Mapping[str, Collection[str]], name: str, latent: str) -> bool:
+    return not frozenset(plates[name]).isdisjoint(plates.get(latent, ()))
 
 
 def coupled_latents(
