@@ -128,12 +128,16 @@ def common_covariates(parts: Designs, without: int | None = None) -> tuple[Tenso
 
 
 def of_rows(known: Tensor, rows: slice) -> Tensor:
-    """What is known of some rows, laid out row after row along memory. # (d, N) to (d, rows)"""
+    """What is known of some rows in float64, row after row along memory. # (d, N) to (d, rows)"""
     part = known[:, rows]
+    if part.dtype != torch.float64:
+        return part.to(torch.float64, memory_format=torch.contiguous_format)
     return part if known.stride(1) == 1 else part.contiguous()
 
 
-def by_row(known: Tensor, sizes: torch.Size, rows: Sequence[int]) -> Tensor:
+def by_row(
+    known: Tensor, sizes: torch.Size, rows: Sequence[int], *, as_given: bool = False
+) -> Tensor:
     """Known numbers of each row, in float64; they may be the same along some dimensions. # (d, N)
 
     Many are no copy: `of_rows` reads some of them.
@@ -142,8 +146,10 @@ def by_row(known: Tensor, sizes: torch.Size, rows: Sequence[int]) -> Tensor:
         known: # (sizes.numel(), d) or (*sizes, *d)
         sizes: Members and plates, or ones. # (*sizes,)
         rows: Members and plates.
+        as_given: Whether many may stay in less than float64, for those who ask `of_rows` alone.
     """
-    wide = known.to(torch.float64).reshape(*sizes, -1).expand(*rows, -1)
+    stays = as_given and known.is_floating_point() and known.numel() > _MANY
+    wide = (known if stays else known.to(torch.float64)).reshape(*sizes, -1).expand(*rows, -1)
     flat = wide.flatten(0, -2).T
     many = flat.numel() > (_FEW if sizes.numel() == 1 else _MANY)
     return flat if many else flat.contiguous()

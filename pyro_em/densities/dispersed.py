@@ -324,7 +324,7 @@ def as_dispersed(
         return None
     x, columns = read
     sign = -1.0 if group.distribution == "GammaPoisson" else 1.0
-    x = by_row(sign * x, sizes, rows)
+    x = by_row(x if sign > 0 else -x, sizes, rows)
     offset = None
     if not rate.is_without_constant:
         known = sign * by_row(rate.constant, sizes, rows)

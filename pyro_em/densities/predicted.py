@@ -356,7 +356,7 @@ def as_predicted(
     x, columns = read
     if len(x) != sizes.numel():
         return None
-    x = by_row(x, sizes, rows)
+    x = by_row(x, sizes, rows, as_given=True)
     parameters = tuple(held(p, values) for p in block)
     ridge = Ridge.of(block, graph, updates, values)
     offset = None
@@ -415,15 +415,20 @@ def _of_rows(
     N, parts = rows.numel(), [slice(0, rows.numel())]
     if len(group.members) == 1 and group.n_plates == 1 and N > _ROWS:
         parts = [slice(a, min(a + _ROWS, N)) for a in range(0, N, _ROWS)]
-    found = []
+    joined: list[Tensor] = []
     for part in parts:
         own = group if len(parts) == 1 else slice_of(group, part)
         size = rows if len(parts) == 1 else torch.Size((1, part.stop - part.start))
         some = _of_some_rows(predictor, own, size)
         if some is None:
             return None
-        found.append(some)
-    joined = [e[0] if len(e) == 1 else torch.cat(e, -1) for e in zip(*found, strict=True)]
+        if len(parts) == 1:
+            joined = list(some)
+            break
+        joined = joined or [t.new_empty(*t.shape[:-1], N if t.numel() else 0) for t in some]
+        for whole, own_rows in zip(joined, some, strict=True):
+            if whole.numel():
+                whole[..., part] = own_rows
     n, d, base = joined
     ones = bool(predictor.event) or bool((d == 1).all())
     return n, None if ones else d, None if not bool(base.any()) else base

@@ -278,8 +278,21 @@ def _cuts(shape: tuple[int, ...], index: Any, sizes: frozenset[int]) -> bool:
     n_after = len(taken) - n_before
     dims = [*range(n_before), *range(len(shape) - n_after, len(shape))]
     return any(
-        shape[d] in sizes and not (isinstance(p, slice) and (p.start, p.stop, p.step) == _WHOLE)
+        shape[d] in sizes
+        and not (isinstance(p, slice) and (p.start, p.stop, p.step) == _WHOLE)
+        and not _is_in_order(p, shape[d])
         for d, p in zip(dims, taken, strict=True)
+    )
+
+
+def _is_in_order(index: Any, size: int) -> bool:
+    """Whether an index is all of a dimension in its order, as `Vindex` writes one that stays."""
+    if not isinstance(index, Tensor) or hasattr(index, "_provenance") or index.is_meta:
+        return False
+    if index.numel() != size or size not in index.shape:
+        return False
+    return torch.equal(
+        index.reshape(-1), torch.arange(size, dtype=index.dtype, device=index.device)
     )
 
 

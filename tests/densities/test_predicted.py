@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,11 +17,15 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM, PyroEMWarning, vectorized_markov
-from pyro_em.densities import dispersed, predicted
+from pyro_em.densities import affine_rows, dispersed, predicted
+from pyro_em.densities.affine_rows import by_row, of_rows
+from pyro_em.graph.bindings.binding import Binding
+from pyro_em.graph.bindings.jacobian import Jacobian
 from pyro_em.plan import program as programs
 from pyro_em.plan.eligibility import Kernel
 from pyro_em.posteriors.mixtures.mixture import Mixture
 from pyro_em.testing import check_block
+from pyro_em.updates.regressions.designs import designs_of
 
 N = 36
 RNG = np.random.default_rng(4)
@@ -222,3 +228,60 @@ def test_a_gate_of_two_values_is_that_of_two_logits(known: bool) -> None:
     for history, w in paths[1:]:
         np.testing.assert_allclose(history, paths[0][0], rtol=1e-10)
         torch.testing.assert_close(w, paths[0][1], rtol=1e-6, atol=1e-7)
+
+
+def test_covariates_beside_a_dispersion_are_no_copy():
+    """A block of coefficients and a dispersion has a design for each, of which one is all zeros."""
+    x = torch.randn(6, 1, 3, dtype=torch.float64).expand(6, 2, 3)
+    own = torch.arange(6).reshape(1, 2, 3).expand(6, 2, 3)
+    binding = Binding(
+        "affine",
+        constant=torch.zeros(6, 2, dtype=torch.float64),
+        jacobians={"w": Jacobian(x, own, 6), "a": Jacobian.of(x.new_zeros(6, 2, 2))},
+        params=("w", "a"),
+    )
+    found = designs_of(binding, ("w", "a"), {"w": x.new_zeros(6), "a": x.new_zeros(2)}, 1)
+    assert [columns.tolist() for columns, _ in found] == [[0, 1, 2], [3, 4, 5]]
+    assert all(torch.equal(part, x[:, 0]) for _, part in found)
+    assert all(part.data_ptr() == x.data_ptr() for _, part in found)
+
+
+def test_statistics_of_rows_are_put_in_their_place_part_by_part(monkeypatch):
+    """No two parts of the rows are held beside the whole."""
+    made, make = [], predicted._of_some_rows
+
+    def watched(*args):
+        gc.collect()
+        assert not any(ref() is not None for refs in made[:-1] for ref in refs)
+        found = make(*args)
+        made.append([weakref.ref(t) for t in found])
+        return found
+
+    x = torch.randn(40, 3, dtype=torch.float64)
+    y = torch.poisson(x.exp().mean(-1))
+
+    def model():
+        w = pyro.param("w", W)
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2, dtype=torch.float64) / 2))
+            pyro.sample("y", dist.Poisson(line(w[z], x).exp()), obs=y)
+
+    def evidence():
+        pyro.clear_param_store()
+        return ExactPosteriorEM(model).fit(max_steps=2, tol=0, progress=False).log_evidence
+
+    before = evidence()
+    monkeypatch.setattr(predicted, "_ROWS", 16)
+    monkeypatch.setattr(predicted, "_of_some_rows", watched)
+    assert evidence() == before
+    assert len(made) >= 3
+
+
+def test_many_covariates_of_single_precision_stay_where_they_lie(monkeypatch):
+    x = torch.randn(9, 2)
+    monkeypatch.setattr(affine_rows, "_MANY", 4)
+    laid = by_row(x, torch.Size([9]), (9,), as_given=True)
+    assert laid.data_ptr() == x.data_ptr()
+    some = of_rows(laid, slice(2, 5))
+    assert some.dtype == torch.float64 and torch.equal(some, x[2:5].T.double())
+    assert some.is_contiguous()

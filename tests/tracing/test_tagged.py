@@ -87,3 +87,17 @@ def test_elements_of_plates_are_looked_at_each_time() -> None:
             mixing.suspects.clear()
             dist.Categorical(Tagged(torch.ones(3, 3), frozenset({"z"})))
             assert mixing.suspects == {"z"}
+
+
+def test_a_dimension_that_an_index_takes_in_order_is_not_mixed():
+    """`Vindex(a)[..., z]` writes the rows of `a` as numbers in order beside `z`."""
+    a = Tagged(torch.rand(5, 4), frozenset({"z"}))
+    c = Tagged(torch.tensor([0, 3, 1, 1, 2]), frozenset({"c"}))
+    orders = {"in order": [0, 1, 2, 3, 4], "turned": [4, 3, 2, 1, 0], "cut": [0, 1, 2]}
+    mixed = {}
+    for how, order in orders.items():
+        mixing = Mixing({"z": frozenset({5}), "c": frozenset({5})})
+        with looking_at(mixing):
+            _ = a[torch.tensor(order), c if len(order) == 5 else 0]
+        mixed[how] = mixing.suspects
+    assert mixed == {"in order": set(), "turned": {"z"}, "cut": {"z"}}

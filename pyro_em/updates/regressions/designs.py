@@ -88,13 +88,21 @@ def _cell_by_cell(
         is_alike = len(read) == len(own)
         columns = torch.cat(read) if is_alike else torch.arange(begin, device=own[0].value.device)
         if not (out and is_shared and is_alike):
-            each_whole = [j.value if is_alike else j.dense for j in own]
-            whole = each_whole[0] if len(own) == 1 else torch.cat(each_whole, -1)
-            used = read_columns(whole)
-            whole = whole if bool(used.all()) else whole[..., used]
+            whole, used = _without_unread([j.value if is_alike else j.dense for j in own])
             narrow = whole.reshape(-1, *shape[len(shape) - event :], whole.shape[-1])
         out.append((columns[used], narrow))
     return out
+
+
+def _without_unread(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Designs of several parameters side by side, without columns of zeros, and which were others.
+
+    Most lines read one parameter of a block, whose covariates are no copy then.
+    """
+    reads = [read_columns(part) for part in parts]
+    some = [(part, used) for part, used in zip(parts, reads, strict=True) if bool(used.any())]
+    narrow = [p if bool(used.all()) else p[..., used] for p, used in some or [(parts[0], reads[0])]]
+    return narrow[0] if len(narrow) == 1 else torch.cat(narrow, -1), torch.cat(reads)
 
 
 def read_columns(whole: Tensor) -> Tensor:
