@@ -6,6 +6,7 @@ A group of factors is evaluated in one of these ways, the first that fits (`layo
                  `linear`), the features of rows as one product (`row_features`)
     regressions  arguments that are affine in covariates: Normals (`regression`, `vector_regression`),
                  predictors of other families (`predicted`), those with a dispersion (`dispersed`)
+    medians      Laplace components, whose M-step reads the data in their order (`medians`)
     components   arguments that differ between components only: `gaussian` (its own M-step `components`,
                  of few numbers `small_components`), also with missing entries by
                  their patterns (`incomplete`) or feature by feature (`masked`), `counts`, `student`,

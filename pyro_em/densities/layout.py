@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyro_em.densities.dispersed import as_dispersed
+from pyro_em.densities.medians import LaplaceRows, as_laplace
 from pyro_em.densities.natural import Linears, Naturals, naturals
 from pyro_em.densities.predicted import Predicted, as_predicted
 from pyro_em.densities.regression import Lines, as_lines
@@ -15,7 +16,7 @@ from pyro_em.densities.vector_regression import VectorLines, as_vector_lines
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.update import ParameterUpdate
 
-Regression = Lines | VectorLines | Predicted
+Regression = Lines | VectorLines | Predicted | LaplaceRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,7 @@ class Layout:
     Attributes:
         naturals: Simplex rows, probabilities and rates as one vector; None where there are none.
         linears: Features of the groups that are linear in that vector.
-        lines: Groups whose mean or predictor is affine in covariates.
+        lines: Groups whose mean or predictor is affine in covariates, or whose location is a median.
     """
 
     naturals: Naturals | None
@@ -61,7 +62,7 @@ def layout_of(
         is_affine = any(b.how == "affine" for b in graph.groups[g].bindings.values())
         if is_affine:
             line = as_lines(*where) or as_vector_lines(*where)
-        line = line or as_predicted(*where)
+        line = line or as_predicted(*where) or as_laplace(*where)
         if is_affine:
             line = line or as_dispersed(*where)
         if line is not None:

@@ -22,6 +22,7 @@ from pyro_em.densities.components import owned
 from pyro_em.densities.density import IMPOSSIBLE, KeepsRows, NormalRows, NormalSolver, PreparedRows
 from pyro_em.densities.gaussian import Gaussian
 from pyro_em.densities.layout import Layout
+from pyro_em.densities.medians import LaplaceRows
 from pyro_em.densities.natural import Naturals, State
 from pyro_em.densities.predicted import Predicted
 from pyro_em.densities.priors import LogPrior, log_prior, may_have_priors, point_groups
@@ -306,7 +307,7 @@ def theta_of(
     components: dict[int, NormalSolver] = {}
     for g, rule in normals.items():
         solver: NormalSolver | None = None
-        if isinstance(rule, (Lines, VectorLines, Predicted)):
+        if isinstance(rule, (Lines, VectorLines, Predicted, LaplaceRows)):
             solver = rule
         elif type(rule) is Gaussian:
             solver = owned(g, rule, graph, updates, values)
@@ -317,6 +318,9 @@ def theta_of(
     natural = frozenset(() if vector is None else vector.params)
     owning = {name for c in components.values() for name in c.params}
     rest = {name: u for name, u in updates.items() if name not in natural | owning}
+    for name, u in rest.items():
+        if u.kind is not None and u.needs_data:
+            return Finding(f"parameter '{name}'", f"'{name}' is a {u.kind.value}, which is no sum")
     ridges = (c.ridge for c in components.values() if isinstance(c, WithRidge))
     ridged = {name for ridge in ridges if ridge is not None for name in ridge.names}
     for name in owning:

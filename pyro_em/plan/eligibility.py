@@ -261,11 +261,14 @@ def needs_more_than_sums(
             return Finding(f"parameter '{name}'", f"the update of '{name}' is a gradient")
         if isinstance(u.update, NewtonOnProfile):
             return Finding(f"parameter '{name}'", f"'{name}' is solved for with scale matrices")
-        if u.kind is not None and u.needs_data:
+        if u.kind is not None and u.needs_data and u.is_end:
             return Finding(f"parameter '{name}'", f"'{name}' is a {u.kind.value}, which is no sum")
     if not exact:
         return Finding("model", "no parameter is updated")
+    medians = {use.group for u in exact.values() if u.needs_data for use in u.uses}
     for g, group in enumerate(graph.groups):
+        if g in medians:  # their rows keep the responsibilities, or the block says why not
+            continue
         found = _no_sums(graph, updates, exact, g, group)
         if found is not None:
             return Finding(f"site '{group.members[0]}'", found)

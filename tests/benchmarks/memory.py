@@ -92,6 +92,15 @@ def betas(x: Tensor, start: Tensor) -> None:
         pyro.sample("x", dist.Beta(a[z], b[z]), obs=x)
 
 
+def laplaces(x: Tensor, start: Tensor) -> None:
+    """Laplace distributions."""
+    p, a = _weights(len(start)), pyro.param("a", start.clone())
+    b = pyro.param("b", torch.full_like(start, 2.0), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(p))
+        pyro.sample("x", dist.Laplace(a[z], b[z]), obs=x)
+
+
 def weibulls(x: Tensor, start: Tensor) -> None:
     """Weibull distributions."""
     p, a = _weights(len(start)), pyro.param("a", start.clone(), constraint=C.positive)
@@ -224,6 +233,8 @@ def _spread(kind: str) -> Callable[[int], tuple[Tensor, ...]]:
             return own + noise, level + 0.3
         if kind == "rates":
             return torch.poisson(torch.distributions.Gamma(own, 1.0).sample()), 1.1 * level
+        if kind == "laplaces":
+            return torch.distributions.Laplace(own, 1.0).sample(), level + 0.3
         if kind == "betas":
             a = own / 8 + 0.5
             x = torch.distributions.Beta(a, 8.5 - a).sample()
@@ -286,6 +297,7 @@ MODELS: dict[str, tuple[str, Callable[..., None], Callable[[int], Any], dict[str
     "students": ("the same in a mixture", students, _spread("students"), {}),
     "rates": ("Poisson with conjugate rates", rates, _spread("rates"), {}),
     "betas": ("Beta", betas, _spread("betas"), {}),
+    "laplaces": ("Laplace", laplaces, _spread("laplaces"), {}),
     "weibulls": ("Weibull", weibulls, _spread("weibulls"), {}),
     "grouped": ("Gaussians, weights by group", grouped, _grouped_data, {}),
     "means": ("Gaussians of one number, means by group", means, _grouped_data, {}),

@@ -244,6 +244,8 @@ def table_rows(
     exact = (ClosedForm, LeastSquares, NewtonOnSums, Fixed)
     if not moved or not all(isinstance(u.update, exact) and not u.priors for u in updates.values()):
         return None
+    if any(u.needs_data and not u.is_end for u in updates.values()):
+        return None
     slices = TableSlices.of(graph)
     if slices is None:
         return None
