@@ -51,6 +51,7 @@ from pyro_em.posteriors.continuous.gaussian_steps import (
     in_m_step,
     tables_of,
 )
+from pyro_em.posteriors.continuous.table_evidence import log_evidence_by_rows
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.exact import exact_posterior, log_evidence_as_laid, log_evidence_of
 from pyro_em.posteriors.strategies import (
@@ -281,10 +282,16 @@ class Program(StaysHere):
 
     def log_evidence(self) -> float:
         """log p(x; θ) at the current parameters, in nats."""
-        if not self.compiled and versions_of(self.graph.parameters) == self.traced_at:
+        found: float | None = None
+        if self.compiled:
+            now = values_of(self.graph.parameters)
+            found = log_evidence_by_rows(self.graph, self.contraction, now)
+        elif versions_of(self.graph.parameters) == self.traced_at:
             found = log_evidence_as_laid(self.graph, self.contraction)
-            if found is not None:
-                return found
+            if found is None:
+                found = log_evidence_by_rows(self.graph, self.contraction, None)
+        if found is not None:
+            return found
         evaluation = self.evaluate()
         return log_evidence_of(evaluation.graph, self.contraction, evaluation.tables)
 

@@ -64,14 +64,22 @@ class TableSlices:
     blocks: Mapping[int, RowSlices | GaussianSlices]
 
     @classmethod
-    def of(cls, graph: FactorGraph) -> TableSlices | None:
-        """That of a graph of many rows; None where rows do not stand by themselves, or are few."""
+    def of(
+        cls, graph: FactorGraph, *, as_traced: bool = False, cells: int = _CELLS
+    ) -> TableSlices | None:
+        """That of a graph of many rows; None where rows do not stand by themselves, or are few.
+
+        Args:
+            graph: The graph of an E-step.
+            as_traced: Whether it is asked for at the parameters of its trace alone.
+            cells: How many cells the largest table of a part may have.
+        """
         plate = graph.structure.data_plate
         if plate is None or graph.missing or graph.all_data is not None:
             return None
         if any(plate not in latent.plates for latent in graph.latents.values()):
             return None
-        if not all(_is_of_rows(g, plate) for g in graph.groups):
+        if not all(_is_of_rows(g, plate, as_traced) for g in graph.groups):
             return None
         blocks: dict[int, RowSlices | GaussianSlices] = {}
         for g, group in enumerate(graph.groups):
@@ -85,7 +93,7 @@ class TableSlices:
         width = max(_width(group) for group in graph.groups)
         if width * total < _MANY:
             return None
-        most = [_CELLS // width]
+        most = [cells // width]
         most += [_MATRICES // b.width for b in blocks.values() if isinstance(b, GaussianSlices)]
         rows = even_slices(total, max(2, min(most)))
         return cls(graph, tuple(rows), blocks)
@@ -109,15 +117,18 @@ def _slices_of(block: Nested) -> RowSlices | GaussianSlices | None:
     return GaussianSlices.of(block) if isinstance(block, GaussianBlock) else None
 
 
-def _is_of_rows(group: Group, plate: str) -> bool:
+def _is_of_rows(group: Group, plate: str, as_traced: bool) -> bool:
     """Whether a group's first plate is that of the rows, and nothing of it has to be run for."""
+    if as_traced and group.nested is not None:
+        return False
     if group.raw is not None and group.nested is None:
         return False
     sites = (group,) if group.nested is None else group.nested.groups
     for site in sites:
-        if site.value_binding is not None or site.belief is not None or site.raw_params:
+        if site.belief is not None or site.role is Role.POINT:
             return False
-        if not site.is_static or site.role is Role.POINT:
+        moves = site.value_binding is not None or site.raw_params or not site.is_static
+        if moves and not as_traced:
             return False
         if any(dims[:1] != (plate,) for dims in site.dims):
             return False
