@@ -51,7 +51,6 @@ from pyro_em.posteriors.continuous.gaussian_steps import (
     in_m_step,
     tables_of,
 )
-from pyro_em.posteriors.continuous.table_evidence import log_evidence_by_rows
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.exact import exact_posterior, log_evidence_as_laid, log_evidence_of
 from pyro_em.posteriors.strategies import (
@@ -62,6 +61,7 @@ from pyro_em.posteriors.strategies import (
     e_step_of,
     gives_up,
 )
+from pyro_em.posteriors.table_evidence import log_evidence_by_rows
 from pyro_em.reduction.reduction import Whole
 from pyro_em.tracing.dependences import Dependences, changed_since
 from pyro_em.tracing.garbage import fewer_collections

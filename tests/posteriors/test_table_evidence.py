@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_em import DataError, ExactPosteriorEM
 from pyro_em.plan.kept import forget_readings
-from pyro_em.posteriors.continuous import table_evidence, table_rows
+from pyro_em.posteriors import table_evidence
+from pyro_em.posteriors.continuous import table_rows
 
 K, N = 32, 2**16
 
