@@ -101,3 +101,10 @@ def test_a_dimension_that_an_index_takes_in_order_is_not_mixed():
             _ = a[torch.tensor(order), c if len(order) == 5 else 0]
         mixed[how] = mixing.suspects
     assert mixed == {"in order": set(), "turned": {"z"}, "cut": {"z"}}
+
+
+def test_a_diagonal_of_two_plates_is_mixed():
+    mixing, both = Mixing({"z": frozenset({5})}), torch.arange(5)
+    with looking_at(mixing):
+        _ = Tagged(torch.rand(5, 5), frozenset({"z"}))[both, both]
+    assert mixing.suspects == {"z"}
