@@ -149,7 +149,7 @@ class Mixing:
         own, sizes = self._of(tags)
         if len(own) < len(tags) and not _is_from_the_right(name, args, kwargs):
             self.joined |= tags - own
-        if name == "__getitem__" and own:
+        if name == "__getitem__" and own and not _is_laid_anew(args[1]):
             # An index is read element by element: what may be mixed is what it chooses from.
             own, sizes = self._of(getattr(args[0], "_provenance", frozenset()))
         if own and not own <= self.suspects and _may_mix(name, args, kwargs, sizes, is_tagged, out):
@@ -263,12 +263,10 @@ def _along(
 
 def _cuts(shape: tuple[int, ...], index: Any, sizes: frozenset[int]) -> bool:
     """Whether an index takes part of a dimension that may be a plate, or lays it out anew."""
+    if _is_laid_anew(index):
+        return True
     parts = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(p, (list, bool)) for p in parts):
-        return True
     taken = [p for p in parts if p is not None and p is not Ellipsis]
-    if any(isinstance(p, Tensor) and p.dtype in (torch.bool, torch.uint8) for p in taken):
-        return True
     before = parts
     for i, p in enumerate(parts):
         if p is Ellipsis:
@@ -283,6 +281,15 @@ def _cuts(shape: tuple[int, ...], index: Any, sizes: frozenset[int]) -> bool:
         and not (isinstance(p, slice) and (p.start, p.stop, p.step) == _WHOLE)
         and not (is_one and _is_in_order(p, shape[d]))
         for d, p in zip(dims, taken, strict=True)
+    )
+
+
+def _is_laid_anew(index: Any) -> bool:
+    """Whether an index is a list or says yes or no, so that what it takes has places of its own."""
+    return any(
+        isinstance(p, (list, bool))
+        or (isinstance(p, Tensor) and p.dtype in (torch.bool, torch.uint8))
+        for p in (index if isinstance(index, tuple) else (index,))
     )
 
 

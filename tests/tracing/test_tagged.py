@@ -108,3 +108,11 @@ def test_a_diagonal_of_two_plates_is_mixed():
     with looking_at(mixing):
         _ = Tagged(torch.rand(5, 5), frozenset({"z"}))[both, both]
     assert mixing.suspects == {"z"}
+
+
+def test_an_index_of_yes_and_no_mixes_what_it_is_made_of():
+    mixing = Mixing({"mu": frozenset({5}), "z": frozenset({5})})
+    with looking_at(mixing):
+        taken = Tagged(torch.tensor([True, False, True, True, False]), frozenset({"z"}))
+        _ = Tagged(torch.rand(5), frozenset({"mu"}))[taken]
+    assert mixing.suspects == {"mu", "z"}
