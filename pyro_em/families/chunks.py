@@ -109,18 +109,22 @@ def _in_pieces(
         return t.narrow(axis, begin, min(size, batch[axis] - begin)) if t.shape[axis] > 1 else t
 
     def piece(begin: int) -> Tensor:
-        log_p = _whole(
+        return _whole(
             family,
             cut(value, begin),
             {name: cut(a, begin) for name, a in arguments.items()},
             event_dims,
             None if elements is None else cut(elements, begin),
         )
-        shape = list(log_p.shape)
-        shape[axis] = min(size, batch[axis] - begin)  # a density need not read what is cut
-        return log_p.expand(shape)
 
-    return torch.cat([piece(begin) for begin in range(0, batch[axis], size)], axis)
+    # Pieces that wait for each other lie among the temporaries, whose memory is not given back then.
+    first = piece(0)
+    shape = list(first.shape)  # a density need not read all that is given
+    shape[axis] = batch[axis]
+    out = first.new_empty(shape)
+    for begin in range(0, batch[axis], size):
+        cut(out, begin).copy_(first if begin == 0 else piece(begin))
+    return out
 
 
 def _whole(

@@ -1,12 +1,14 @@
 """Log densities of many cells: what members share is evaluated once, and nothing else changes."""
 
+import weakref
 from dataclasses import replace
 
 import pyro.distributions as dist
+import pytest
 import torch
 from torch import Tensor
 
-from pyro_em.families import family_of
+from pyro_em.families import chunks, family_of
 from pyro_em.families.chunks import log_density
 from pyro_em.updates.expectations.statistics import dot
 
@@ -52,3 +54,26 @@ def test_weighted_sums_of_shared_densities_count_each_weight_and_no_zero_times_i
     torch.testing.assert_close(dot(weight, table.clone()), expected)
     weight[2, 0, 1] = 1e-30
     assert float(dot(weight, table)) == -torch.inf
+
+
+def test_no_piece_waits_among_the_temporaries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory between pieces that wait for each other is not given back."""
+    monkeypatch.setattr(chunks, "_PIECE", 30)
+    x = torch.randn(100, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    arguments = {"loc": torch.arange(3.0).double(), "scale": torch.ones(1, 3).double()}
+    arguments["loc"] = arguments["loc"].unsqueeze(0)
+    family, made, alive = family_of(dist.Normal(0.0, 1.0)), [], []
+    assert family is not None and family.log_density is not None
+    density = family.log_density
+
+    def noted(value: Tensor, arguments: dict[str, Tensor]) -> Tensor:
+        alive.append(sum(own() is not None for own in made))
+        out = density(value, arguments)
+        made.append(weakref.ref(out))
+        return out
+
+    watched = replace(family, log_density=noted)
+    with torch.no_grad():
+        found = log_density(watched, x, arguments, 2, 0)
+    assert len(alive) == 10 and max(alive) <= 1
+    assert torch.equal(found, dist.Normal(arguments["loc"], 1.0).log_prob(x))
