@@ -276,10 +276,12 @@ def _cuts(shape: tuple[int, ...], index: Any, sizes: frozenset[int]) -> bool:
     n_after = len(taken) - n_before
     dims = [*range(n_before), *range(len(shape) - n_after, len(shape))]
     is_one = sum(n in sizes for n in shape) == 1  # two in order would be a diagonal, or transposed
+    # Alone it is a user's, who may fill it with another order before the next call.
+    is_beside_latent = any(hasattr(p, "_provenance") for p in taken)
     return any(
         shape[d] in sizes
         and not (isinstance(p, slice) and (p.start, p.stop, p.step) == _WHOLE)
-        and not (is_one and _is_in_order(p, shape[d]))
+        and not (is_one and is_beside_latent and _is_in_order(p, shape[d]))
         for d, p in zip(dims, taken, strict=True)
     )
 

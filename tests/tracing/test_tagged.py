@@ -116,3 +116,12 @@ def test_an_index_of_yes_and_no_mixes_what_it_is_made_of():
         taken = Tagged(torch.tensor([True, False, True, True, False]), frozenset({"z"}))
         _ = Tagged(torch.rand(5), frozenset({"mu"}))[taken]
     assert mixing.suspects == {"mu", "z"}
+
+
+def test_an_order_that_elements_alone_are_taken_in_is_looked_at() -> None:
+    """It may be another one at the next call, which reads elements of other rows then."""
+    a = Tagged(torch.rand(2, 5), frozenset({"z"}))
+    mixing = Mixing({"z": frozenset({5})})
+    with looking_at(mixing):
+        _ = a[..., torch.arange(5)]
+    assert mixing.suspects == {"z"}
