@@ -26,6 +26,7 @@ from pyro_em.densities.affine_rows import (
     by_row,
     common_covariates,
     held,
+    of_rows,
 )
 from pyro_em.densities.predicted import CELLS, Predicted, PredictedFit, Values
 from pyro_em.densities.ridge import Ridge, are_read_elsewhere, may_be_ridge
@@ -133,7 +134,7 @@ class DispersedRows(Predicted):
         return (slopes[:, -1] + self.known).exp()
 
     def _eta(self, slopes: Tensor, rows: slice) -> Tensor:
-        x = self.x[:, rows]
+        x = of_rows(self.x, rows)
         if self.offset is None:
             return slopes[:, :-1] @ x
         return torch.addmm(self.offset[:, rows], slopes[:, :-1], x)
@@ -149,7 +150,7 @@ class DispersedRows(Predicted):
         within, across = beta.new_zeros(K * d, d), beta.new_zeros(K, d)
         for begin in range(0, N, step):
             rows = slice(begin, min(begin + step, N))
-            x, r = self.x[:, rows], weights[:, rows]
+            x, r = of_rows(self.x, rows), weights[:, rows]
             own = self._of_rows(self._eta(slopes, rows), r, s.unsqueeze(-1), rows)
             plain += own[0]
             level += own[1]
