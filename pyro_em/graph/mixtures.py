@@ -26,6 +26,7 @@ from pyro_em.graph.structure import Structure
 from pyro_em.tracing.handlers import SampleMessenger
 from pyro_em.tracing.lean import in_front_of
 from pyro_em.tracing.missing import WithMissing
+from pyro_em.tracing.provenance import looking_away
 from pyro_em.tracing.sites import Role, is_factor
 
 Model = Callable[..., Any]
@@ -174,4 +175,5 @@ def _at(argument: Tensor, event: int, component: Tensor) -> Tensor:
     if argument.shape[axis] == 1:
         return argument.squeeze(axis)
     rest = (slice(None),) * event
-    return Vindex(argument)[(Ellipsis, component, *rest)]  # type: ignore[no-any-return]
+    with looking_away():  # rows stay where they are, though `Vindex` writes them as numbers
+        return Vindex(argument)[(Ellipsis, component, *rest)]  # type: ignore[no-any-return]

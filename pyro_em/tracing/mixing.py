@@ -275,13 +275,8 @@ def _cuts(shape: tuple[int, ...], index: Any, sizes: frozenset[int]) -> bool:
     n_before = sum(p is not None for p in before)
     n_after = len(taken) - n_before
     dims = [*range(n_before), *range(len(shape) - n_after, len(shape))]
-    is_one = sum(n in sizes for n in shape) == 1  # two in order would be a diagonal, or transposed
-    # Alone it is a user's, who may fill it with another order before the next call.
-    is_beside_latent = any(hasattr(p, "_provenance") for p in taken)
     return any(
-        shape[d] in sizes
-        and not (isinstance(p, slice) and (p.start, p.stop, p.step) == _WHOLE)
-        and not (is_one and is_beside_latent and _is_in_order(p, shape[d]))
+        shape[d] in sizes and not (isinstance(p, slice) and (p.start, p.stop, p.step) == _WHOLE)
         for d, p in zip(dims, taken, strict=True)
     )
 
@@ -292,17 +287,6 @@ def _is_laid_anew(index: Any) -> bool:
         isinstance(p, (list, bool))
         or (isinstance(p, Tensor) and p.dtype in (torch.bool, torch.uint8))
         for p in (index if isinstance(index, tuple) else (index,))
-    )
-
-
-def _is_in_order(index: Any, size: int) -> bool:
-    """Whether an index is all of a dimension in its order, as `Vindex` writes one that stays."""
-    if not isinstance(index, Tensor) or hasattr(index, "_provenance") or index.is_meta:
-        return False
-    if index.numel() != size or size not in index.shape:
-        return False
-    return torch.equal(
-        index.reshape(-1), torch.arange(size, dtype=index.dtype, device=index.device)
     )
 
 

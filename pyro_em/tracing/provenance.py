@@ -58,6 +58,16 @@ class Tagged(ProvenanceTensor):
 
 
 @contextmanager
+def looking_away() -> Iterator[None]:
+    """A block of operations known to take elements of plates each by itself; tags go on."""
+    token = watched_mixing.set(None)
+    try:
+        yield
+    finally:
+        watched_mixing.reset(token)
+
+
+@contextmanager
 def looking_at(mixing: Mixing) -> Iterator[None]:
     """A block in which every operation on tagged tensors is seen."""
     token = watched_mixing.set(mixing)
