@@ -1,4 +1,4 @@
-"""Which values of the latents no structural zero of a prior excludes."""
+"""Which values of the latents no structural zero of a prior excludes, and no label that is seen."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from pyro_em.clamped import Clamped
 from pyro_em.distributions import unexpanded
 from pyro_em.errors import PyroEMError
 from pyro_em.graph.factors import Group
@@ -22,6 +23,8 @@ Alive = list[Tensor | None]
 
 _CELLS = 2**18  # of a part of a table that is looked at
 
+_LABELS = 2**20  # cells of labels, of all rows, that are looked at
+
 
 def possible_cells(program: Program, initial: Mapping[str, Tensor]) -> Alive:
     """Per group which cells no structural zero excludes; None where nothing is excluded.
@@ -32,7 +35,7 @@ def possible_cells(program: Program, initial: Mapping[str, Tensor]) -> Alive:
     """
     graph = program.graph
     none: Alive = [None] * len(graph.groups)
-    latents = [g for g, group in enumerate(graph.groups) if group.role is Role.LATENT]
+    latents = [g for g, group in enumerate(graph.groups) if _may_exclude(group)]
     values = {n: initial[n] if n in initial else p.value() for n, p in graph.parameters.items()}
     try:
         if _all_are_possible(program, latents, values):
@@ -54,6 +57,17 @@ def possible_cells(program: Program, initial: Mapping[str, Tensor]) -> Alive:
     if not bool(torch.isfinite(result.log_evidence)):
         return none
     return [cells > 0 for cells in result.cells]
+
+
+def _may_exclude(group: Group) -> bool:
+    """Whether a factor may be zero whatever the data are.
+
+    Labels of very many rows exclude next to nothing that others do not allow: they are not looked at.
+    """
+    if group.role is Role.LATENT:
+        return True
+    is_label = group.family is not None and group.family.distribution is Clamped
+    return is_label and len(group.members) * math.prod(group.sizes) <= _LABELS
 
 
 def _has_zeros(table: Tensor) -> bool:
