@@ -119,6 +119,15 @@ def weighed(x: Tensor, weights: Tensor, start: Tensor) -> None:
         pyro.sample("x", dist.Normal(mu[z], s[z]).to_event(1), obs=x)
 
 
+def labelled(x: Tensor, z: Tensor, seen: Tensor, start: Tensor) -> None:
+    """Labels that are seen in a tenth of the rows."""
+    p, mu = _weights(len(start)), pyro.param("mu", start.clone())
+    s = pyro.param("s", torch.ones_like(start), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(p), obs=z, obs_mask=seen)
+        pyro.sample("x", dist.Normal(mu[z], s[z]).to_event(1), obs=x)
+
+
 def grouped(x: Tensor, g: Tensor, start: Tensor) -> None:
     """Weights by a known group of each row."""
     p = pyro.param("p", torch.full((_GROUPS, len(start)), 1 / len(start)).double(), C.simplex)
@@ -257,6 +266,11 @@ def _factor_data(rows: int) -> tuple[Tensor, ...]:
     return x, W + 0.3
 
 
+def _labelled_data(rows: int) -> tuple[Tensor, ...]:
+    x, start = _clusters(rows)
+    return x, torch.randint(COMPONENTS, (rows,)), torch.rand(rows) < 0.1, start
+
+
 def _weighed_data(rows: int) -> tuple[Tensor, ...]:
     x, start = _clusters(rows)
     return x, torch.rand(rows).double() + 0.5, start
@@ -299,6 +313,7 @@ MODELS: dict[str, tuple[str, Callable[..., None], Callable[[int], Any], dict[str
     "betas": ("Beta", betas, _spread("betas"), {}),
     "laplaces": ("Laplace", laplaces, _spread("laplaces"), {}),
     "weibulls": ("Weibull", weibulls, _spread("weibulls"), {}),
+    "labelled": ("Gaussians, diagonal, labels seen in part", labelled, _labelled_data, {}),
     "grouped": ("Gaussians, weights by group", grouped, _grouped_data, {}),
     "means": ("Gaussians of one number, means by group", means, _grouped_data, {}),
     "factors": ("factor analysis, 4 factors", factors, _factor_data, {}),
