@@ -1,9 +1,11 @@
 """Predictions of many draws by one run: the draws are a plate to the left of all others.
 
 A model whose latents are enumerated broadcasts from the left. So it runs once with as many values of
-each latent as there are draws, and its other sites are drawn for each. What such a run says is held
-against runs with one draw: distributions at what was drawn, and what follows from it. A model that
-takes tensors of several draws for something else answers draw by draw.
+each latent as there are draws, and its other sites are drawn for each. A run with one draw first shows
+that nothing takes all of a value together (`if y.any():`, `y.mean()`): this would mix draws, and may
+agree by chance where single ones are looked at. What a run of many says is then held against runs
+with one draw: distributions at what was drawn, and what follows from it. A model that takes tensors
+of several draws for something else answers draw by draw.
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ from torch import Tensor
 from pyro_em.tracing.draws import predicted_run
 from pyro_em.tracing.handlers import MISSING, SampleMessenger
 from pyro_em.tracing.lean import nothing
+from pyro_em.tracing.mixing import Mixing
+from pyro_em.tracing.provenance import Tagged, looking_at
 from pyro_em.tracing.randomness import same_random_state
 from pyro_em.tracing.runs import Model
+from pyro_em.tracing.whole import LeftWhole
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +34,7 @@ _PLATE = "_pyro_em_draws"
 
 _LARGEST = 2**22  # numbers of a site that one run draws
 
-_FEWEST = 8  # draws that one run takes at least: three more of one draw go with it
+_FEWEST = 8  # draws that one run takes at least: four more of one draw go with it
 
 Sites = Mapping[str, dict[str, Any]]
 
@@ -72,6 +77,8 @@ class ManyDraws:
             like = self.one({k: v[0] for k, v in values.items()})
         if any(len(s["fn"].batch_shape) > self.nesting for s in like.values()):
             return None
+        if not self._keeps_draws_apart(like):
+            return None
         size = max((s["value"].numel() for s in like.values() if _has_value(s)), default=1)
         at_once = min(n, _LARGEST // max(size, 1))
         if at_once < _FEWEST:
@@ -84,6 +91,25 @@ class ManyDraws:
                 return None
             parts.append(found)
         return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+
+    def _keeps_draws_apart(self, like: Sites) -> bool:
+        """Whether no number of a draw is read, and no operation takes all of a value together."""
+        tagged = {k: Tagged(s["value"], frozenset({k})) for k, s in like.items() if _has_value(s)}
+        watch = Mixing({})
+        try:
+            with (
+                LeftWhole(),
+                same_random_state(),
+                torch.no_grad(),
+                pyro.validation_enabled(False),
+                looking_at(watch),
+                _Given(tagged),
+            ):
+                self.model(*self.args, **self.kwargs)
+        except Exception as error:  # some operations take no tagged tensor
+            logger.debug("draws are made one by one: %s", error)
+            return False
+        return not watch.read and not watch.joined
 
     def _together(
         self, values: Mapping[str, Tensor], n: int, like: Sites

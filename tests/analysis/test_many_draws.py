@@ -104,3 +104,30 @@ def test_draws_by_one_run_are_those_of_a_seed() -> None:
     first, second = (em.predictive(x, num_samples=9, seed=3) for _ in range(2))
     for name, value in first.items():
         torch.testing.assert_close(value, second[name], rtol=0, atol=0)
+
+
+def decided(y: Tensor) -> None:
+    """A site after another, whose distribution the value decides by Python."""
+    count = pyro.sample("count", dist.Poisson(T(5.0).double()), obs=y[0])
+    pyro.sample("after", dist.Normal(100.0 if bool((count > 2).any()) else 0.0, 1.0), obs=y[1])
+
+
+def chosen(y: Tensor) -> None:
+    """The same by an index that takes all of a value together."""
+    count = pyro.sample("count", dist.Poisson(T(5.0).double()), obs=y[0])
+    loc = T([0.0, 100.0]).double()[(count > 2).max().long()]
+    pyro.sample("after", dist.Normal(loc, 1.0), obs=y[1])
+
+
+@pytest.mark.parametrize("model", [decided, chosen])
+def test_what_takes_all_of_a_value_together_is_drawn_one_by_one(
+    model: Callable[[Tensor], None],
+) -> None:
+    """Seven of eight draws are above 2, so that two that are looked at may well agree."""
+    for seed in range(3):
+        draws = ExactPosteriorEM(model).predictive(
+            T([4.0, 100.0]).double(), num_samples=60, seed=seed
+        )
+        low = draws["count"].reshape(-1) <= 2
+        assert 0 < int(low.sum()) < 60
+        assert float((draws["after"].reshape(-1) - 100.0 * ~low).abs().max()) < 6
