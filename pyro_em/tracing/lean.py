@@ -201,9 +201,8 @@ class EnumTrace(LeanTrace, EnumMessenger):
         self.first_available_dim = first_available_dim
         self.latents, self.kept = latents, kept or {}
         self._supports: dict[tuple[Any, ...], Tensor] = {}
-        self._passed: set[tuple[Any, ...]] = (
-            set()
-        )  # kinds of distributions that ``met`` has done with
+        # Kinds of distributions that ``met`` has done with.
+        self._passed: set[tuple[Any, ...]] = set()
 
     def _process_message(self, msg: Any) -> None:
         if msg["type"] != "sample":
