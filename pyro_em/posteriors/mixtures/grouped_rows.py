@@ -27,7 +27,8 @@ from pyro_em.densities.student import StudentRows
 from pyro_em.densities.theta import At
 from pyro_em.densities.weibull import WeibullRows
 from pyro_em.errors import Finding
-from pyro_em.posteriors.block import Component, Values
+from pyro_em.posteriors.block import Component
+from pyro_em.posteriors.contracted import Contraction
 from pyro_em.posteriors.mixtures.mixture import IMPOSSIBLE, Mixture, theta_of_linear
 from pyro_em.posteriors.mixtures.responsibilities import sum_of_logs, unnormalised
 from pyro_em.posteriors.mixtures.row_factors import Collected, RowFactors
@@ -40,7 +41,7 @@ from pyro_em.posteriors.mixtures.rows import (
     why_not_constant,
     with_rows,
 )
-from pyro_em.posteriors.quick import Outline, SumsBlock
+from pyro_em.posteriors.quick import Outline
 from pyro_em.updates.expectations.statistics import Expectation
 
 _ROWS = 16  # of a group on average, below which chunks of one group would be too small
@@ -260,17 +261,9 @@ class GroupedRows(Mixture):
         return super()._over_rows(at, g, collected, mass)
 
     @property
-    def dims(self) -> tuple[str, ...]:
-        """The names of the dimensions of ``table``."""
-        return self.contraction.dims
-
-    def table(self, values: Values) -> Tensor:
-        """The log evidence per cell, in nats; by contraction. # (*plates,)"""
-        return self.contraction.table(values)
-
-    def expect(self, values: Values, weights: Tensor | None = None) -> Expectation:
-        """Evidence and sums at parameter values; by contraction where cells weigh differently."""
-        return SumsBlock.expect(self, values, weights)
+    def by_cell(self) -> Contraction:
+        """By contraction."""
+        return self.contraction
 
 
 def _of_cells(f: RowFactors, cells: slice, count: int) -> RowFactors:

@@ -29,6 +29,7 @@ from pyro_em.densities.theta import At, Theta
 from pyro_em.errors import Finding
 from pyro_em.graph.factors import FactorGraph, Group, Latent
 from pyro_em.posteriors.block import Component, Values
+from pyro_em.posteriors.contracted import Contraction
 from pyro_em.posteriors.mixtures.few_rows import FewRows
 from pyro_em.posteriors.mixtures.labels import Labels
 from pyro_em.posteriors.mixtures.per_row import PerRow
@@ -275,19 +276,24 @@ class Mixture(QuickBlock):
         return PerRow(graph, shape, counts)
 
     @property
+    def by_cell(self) -> PerRow | Contraction:
+        """What says evidence of each cell by itself, and weighs cells differently."""
+        return self.per_row
+
+    @property
     def dims(self) -> tuple[str, ...]:
         """The plate of the rows, where nothing lies outside it."""
-        return self.per_row.dims
+        return self.by_cell.dims
 
     def table(self, values: Values) -> Tensor:
         """The log evidence per row, in nats. # (N,), or () where something lies outside the rows"""
-        return self.per_row.table(values)
+        return self.by_cell.table(values)
 
     def expect(self, values: Values, weights: Tensor | None = None) -> Expectation:
         """Evidence and sums at parameter values; see `pyro_em.posteriors.block.Block`."""
         if weights is None:
             return super().expect(values)
-        return self.per_row.expect(values, weights)
+        return self.by_cell.expect(values, weights)
 
     def _is_single(self) -> bool:
         """Whether all Normal groups are Gaussian components in float32."""

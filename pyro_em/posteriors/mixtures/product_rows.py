@@ -13,16 +13,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Self
 
-from torch import Tensor
-
 from pyro_em.errors import Finding
 from pyro_em.graph.factors import FactorGraph, Latent
-from pyro_em.posteriors.block import Component, Values
+from pyro_em.posteriors.block import Component
+from pyro_em.posteriors.contracted import Contraction
 from pyro_em.posteriors.mixtures.mixture import Mixture, outline_of_rows
 from pyro_em.posteriors.mixtures.product_states import alike, flattened
 from pyro_em.posteriors.mixtures.rows import why_no_product
-from pyro_em.posteriors.quick import Outline, SumsBlock
-from pyro_em.updates.expectations.statistics import Expectation
+from pyro_em.posteriors.quick import Outline
 
 
 class ProductRows(Mixture):
@@ -50,14 +48,6 @@ class ProductRows(Mixture):
         return Outline(graph, shape.eligible(graph), make, each.origin, sizes)
 
     @property
-    def dims(self) -> tuple[str, ...]:
-        """The names of the dimensions of ``table``."""
-        return self.contraction.dims
-
-    def table(self, values: Values) -> Tensor:
-        """The log evidence per cell, in nats; by contraction. # (*plates,)"""
-        return self.contraction.table(values)
-
-    def expect(self, values: Values, weights: Tensor | None = None) -> Expectation:
-        """Evidence and sums at parameter values; by contraction where cells weigh differently."""
-        return SumsBlock.expect(self, values, weights)
+    def by_cell(self) -> Contraction:
+        """By contraction."""
+        return self.contraction
