@@ -70,11 +70,18 @@ def recipe_for(
 
 
 def laid_out(
-    tensor: Tensor, event_dim: int, dims: Sequence[int | None], collapse: int = 0
-) -> tuple[Tensor, Recipe]:
-    """A tensor in the compact layout, and the recipe for others of its form; see `compact`."""
-    recipe = recipe_for(tensor, event_dim, dims, collapse)
-    return compacted(tensor, recipe), recipe
+    tensors: Sequence[tuple[Tensor, int, int]], dims: Sequence[int | None]
+) -> list[tuple[Tensor, Recipe]]:
+    """Tensors of one site in the compact layout, each with the recipe for others of its form.
+
+    Args:
+        tensors: Each with its ``event_dim`` and ``collapse``; see `compact`.
+        dims: See `compact`.
+    """
+    recipes = [recipe_for(t, event_dim, dims, collapse) for t, event_dim, collapse in tensors]
+    return [
+        (compacted(t, recipe), recipe) for (t, *_), recipe in zip(tensors, recipes, strict=True)
+    ]
 
 
 @lru_cache(maxsize=1024)

@@ -284,14 +284,20 @@ class FactorLayout:
             value = without_masked_nonsense(fn, value, element_mask(fn, site["mask"]))
         if name.removesuffix("_observed") in self.structure.masked_pairs:
             value = value.clone()  # a posterior shows it when it is asked
-        compact_value = compact(value, fn.event_dim, dims)
+        given: dict[str, Tensor] = {}
+        if family is not None:
+            given = {a: self._read(t, family, a) for a, t in given_arguments(base, family).items()}
+        dims_of = {} if family is None else family.argument_dims
+        asked = [(t, reinterpreted + dims_of.get(a, 0), reinterpreted) for a, t in given.items()]
+        (compact_value, _), *placed = laid_out([(value, fn.event_dim, 0), *asked], dims)
         arguments: dict[str, Tensor] = {}
         bindings: dict[str, Binding] = {}
         raw: Tensor | None = None
         raw_params: tuple[str, ...] | None = ()
         value_binding: Binding | None = None
         if leaves is not None:
-            raw_params = parameters_below(compact_value, leaves)
+            if compact_value.requires_grad:
+                raw_params = parameters_below(compact_value, leaves)
             if raw_params and info.observed and (family is not None or info.role is Role.POINT):
                 layout = partial(compact, event_dim=fn.event_dim, dims=dims, like=value)
                 value_binding = bind(value, leaves, layout=layout)
@@ -306,15 +312,9 @@ class FactorLayout:
             if leaves is not None:
                 raw_params = parameters_below(raw, leaves)
         else:
-            given = given_arguments(base, family)
             may_meet = info.role is Role.DATA and name not in self.structure.lines
             compact_value = _typed(compact_value, given, family)
-            for arg, tensor in given.items():
-                tensor = tensor.detach() if self.detached else tensor
-                event = reinterpreted + family.argument_dims.get(arg, 0)
-                if tensor.numel() > _LARGE:
-                    tensor = once_along_rows(tensor, family.argument_dims.get(arg, 0))
-                laid, recipe = laid_out(tensor, event, dims, reinterpreted)
+            for arg, (tensor, event, _), (laid, recipe) in zip(given, asked, placed, strict=True):
                 kept = laid
                 if kept.dtype != compact_value.dtype and compact_value.is_floating_point():
                     kept = kept.to(compact_value.dtype)
@@ -352,6 +352,13 @@ class FactorLayout:
             self._hyperparameters(base, leaves) if info.role is Role.POINT and leaves else (),
             self._edges(base, leaves) if info.role is Role.DATA and leaves else (),
         )
+
+    def _read(self, tensor: Tensor, family: Family, argument: str) -> Tensor:
+        """A traced argument as it is read: without its graph or its copies, where nobody asks."""
+        tensor = tensor.detach() if self.detached else tensor
+        if tensor.numel() <= _LARGE:
+            return tensor
+        return once_along_rows(tensor, family.argument_dims.get(argument, 0))
 
     @staticmethod
     def _edges(base: Any, leaves: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -143,7 +143,7 @@ class Structure(Portable):
         """The same with a few steps of each loop that runs over indices: they are all alike."""
         return self if self.series is None else self.series.sketch
 
-    @property
+    @cached_property
     def clamped(self) -> tuple[str, ...]:
         """The ``obs_mask`` sites whose labels are factors of a latent that all rows have."""
         return tuple(

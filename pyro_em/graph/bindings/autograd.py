@@ -58,6 +58,7 @@ def bind(
     useful: Useful = SELECTIONS,
     *,
     layout: Callable[[Tensor], Tensor] = lambda t: t,
+    laid: Tensor | None = None,
     plates: int = 0,
     max_cells: int = 2**27,
 ) -> Binding:
@@ -69,6 +70,7 @@ def bind(
         useful: Which bindings beside selections are looked for.
         layout: Views that bring the argument into the compact layout; the binding is that of
             ``layout(argument)``.
+        laid: That, where it is known.
         plates: How many of the first dimensions of the layout are plates.
         max_cells: The most numbers of a Jacobian to hold.
 
@@ -76,7 +78,7 @@ def bind(
         The strongest binding that holds.
     """
     normalised, link = useful.normalised, useful.link
-    constant = layout(argument.detach())
+    constant = layout(argument.detach()) if laid is None else laid.detach()
     if not argument.requires_grad:
         return Binding("constant", (), constant)
     start = torch.autograd.graph.get_gradient_edge(argument)

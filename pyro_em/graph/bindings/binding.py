@@ -146,7 +146,9 @@ class Selection:
     def alone(self) -> Selection:
         """The same as the only one of a stack, with what is remembered of that. # (1, *argument)"""
         factor = None if self.factor is None else self.factor.unsqueeze(0)
-        return Selection(self.param, self.index.unsqueeze(0), self.maps, factor)
+        own = Selection(self.param, self.index.unsqueeze(0), self.maps, factor)
+        own.__dict__["is_whole"] = self.is_whole  # which a dimension more does not change
+        return own
 
     @cached_property
     def remembered(self) -> dict[Any, Any]:

@@ -218,6 +218,14 @@ def forward_maps(
     return forward
 
 
+def slopes_and_places(
+    output: Tensor | GradientEdge, shape: Sequence[int], source: Tensor | GradientEdge, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """J 1 and J t for t = 0, 1, 2, …, where J is the map from ``source`` to ``output``."""
+    forward = forward_maps(output, shape, source, like)
+    return forward(torch.ones((), dtype=like.dtype, device=like.device)), forward(None)
+
+
 def through_views(node: Node) -> Node:
     """The first node below views of a single tensor that is no view itself."""
     while not is_leaf(node) and node.name() in VIEWS and len(inputs_of(node)) == 1:

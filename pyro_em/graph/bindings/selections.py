@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.graph.bindings.binding import Binding, Selection
-from pyro_em.graph.bindings.nodes import below_normalisation, forward_maps, read_maps
+from pyro_em.graph.bindings.nodes import below_normalisation, read_maps, slopes_and_places
 from pyro_em.graph.bindings.reached import Reached
 
 
@@ -39,15 +39,14 @@ def as_selection(reached: Reached, normalised: str) -> Binding | str:
             used = torch.ones_like(index, dtype=torch.bool)
             slope = torch.ones_like(used, dtype=constant.dtype)
         else:
-            forward = forward_maps(edge, shape, leaf, constant)
-            slope = forward(torch.ones((), dtype=constant.dtype, device=constant.device))
+            # Of many rows each of these is a number per row: what is done with goes at once.
+            slope, place = slopes_and_places(edge, shape, leaf, constant)
             used = slope != 0
             if not bool(torch.isfinite(slope).all()):
                 return "its derivative is not finite at the present parameters"
-            # Of many rows each of these is a number per row: what is done with goes at once.
-            ratio = forward(None) / torch.where(used, slope, 1.0)
-            index = torch.where(used, ratio.round_(), -1).long()
-            del ratio
+            place = place / torch.where(used, slope, 1.0)
+            index = torch.where(used, place.round_(), -1).long()
+            del place
         if bool((used & covered).any()):
             return "several parameters meet in one element"
         covered |= used

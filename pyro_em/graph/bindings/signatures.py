@@ -139,7 +139,7 @@ class Recurring:
                 if is_small:
                     self.known[key] = argument.detach(), before
                 return before
-        binding = bind(argument, self.leaves, useful, layout=layout, plates=plates)
+        binding = bind(argument, self.leaves, useful, layout=layout, laid=laid, plates=plates)
         if graph is not None and is_small:
             self.known[key] = argument.detach(), binding
         if graph is not None and self.kept is not None:
