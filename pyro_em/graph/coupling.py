@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -164,10 +165,9 @@ def moved_by(
         for name in others:
             if name not in before or name not in after:
                 continue
-            pairs = zip(parts_of(before[name]), parts_of(after[name]), strict=False)
             if any(
                 x.shape != y.shape or differs(x, y, event_dim) is not None
-                for (_, x, event_dim), (_, y, _) in pairs
+                for _, x, y, event_dim in parts_of_both(before[name], after[name])
             ):
                 found.add(name)
     return frozenset(found), frozenset(passing)
@@ -244,7 +244,7 @@ def _moved_elsewhere(
         dims = [f.dim for f in a["cond_indep_stack"] if f.name == plate] if a else []
         if a is None or b is None or not dims or dims[0] is None:
             continue
-        for (what, x, event_dim), (_, y, _) in zip(parts_of(a), parts_of(b), strict=False):
+        for what, x, y, event_dim in parts_of_both(a, b):
             if x.shape != y.shape:
                 continue
             moved = differs(x, y, event_dim)
@@ -301,8 +301,23 @@ def parts_of(site: Mapping[str, Any]) -> list[tuple[str, Tensor, int]]:
     else:
         out.append(("mask", _OFF if mask is False else _ON, 0))
     scale = site["scale"]
-    scale = scale if isinstance(scale, Tensor) else torch.tensor(float(scale))
+    if not isinstance(scale, Tensor):
+        scale = _number(float(scale), torch.get_default_dtype())
     return [*out, ("scale", scale, 0)]
+
+
+@lru_cache(maxsize=16)
+def _number(value: float, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor, the same one for whoever asks: what is equal is seen at once."""
+    return torch.tensor(value, dtype=dtype)
+
+
+def parts_of_both(
+    a: Mapping[str, Any], b: Mapping[str, Any]
+) -> list[tuple[str, Tensor, Tensor, int]]:
+    """What the densities of two sites are made of, side by side; see `parts_of`."""
+    sides = zip(parts_of(a), parts_of(b), strict=False)
+    return [(what, x, y, event_dim) for (what, x, event_dim), (_, y, _) in sides]
 
 
 def differs(a: Tensor, b: Tensor, event_dim: int) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from pyro_em.errors import message
-from pyro_em.graph.failing.blame import given_tensors, variables_of
+from pyro_em.graph.failing.blame import given_arguments, variables_of
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.runs import Run
 from pyro_em.tracing.sites import tensors_of_each, users
@@ -54,15 +54,13 @@ def unregistered(
         names: Its sites with a density.
     """
     known = {id(t) for p in run.parameters.values() for t in (p.leaf, p.unconstrained)}
-    # Data that are passed with a gradient of their own are no parameters in waiting.
-    known |= {
-        id(t)
-        for where, t in given_tensors(model, args, kwargs).items()
-        if where.startswith("argument") and not isinstance(t, torch.nn.Parameter)
-    }
     found = [(leaf, name) for leaf, name in _leaves(run.sites, names) if id(leaf) not in known]
     if not found:
         return ()
+    # Data that are passed with a gradient of their own are no parameters in waiting.
+    given = given_arguments(model, args, kwargs).values()
+    data = {id(t) for t in given if not isinstance(t, torch.nn.Parameter)}
+    found = [(leaf, name) for leaf, name in found if id(leaf) not in data]
     words = _names(model, args, kwargs)
     return tuple(Unregistered(leaf, name, words.get(id(leaf), "")) for leaf, name in found)
 

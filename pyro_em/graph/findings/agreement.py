@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_em.distributions import bases_of, unwrap
 from pyro_em.errors import Finding
 from pyro_em.families.registry import family_of, given_arguments_of_all
-from pyro_em.graph.coupling import Sites, counted_cells, differs, parts_of
+from pyro_em.graph.coupling import Sites, counted_cells, differs, parts_of_both
 from pyro_em.graph.findings.folded import Folded
 from pyro_em.graph.forms import FEW, forms_of, in_forms, in_parts, unrepeated
 from pyro_em.tracing.sites import tensors_of
@@ -54,11 +54,11 @@ def disagreements(
     agreeing = _Together(look, kinds).agreeing()
     found = []
     for name, site in enumerated.items():
-        if name in agreeing or name not in plain:
+        other = None if name in agreeing else plain.get(name)
+        if other is None:
             continue
-        other = plain[name]
         visible, counts = look.visible(site), counted_cells(other)
-        for (what, e, event_dim), (_, p, _) in zip(parts_of(site), parts_of(other), strict=False):
+        for what, e, p, event_dim in parts_of_both(site, other):
             if not look.same(e, _untagged(p), event_dim, visible, counts):
                 found.append((name, what))
                 break
@@ -74,9 +74,7 @@ def differing(a: Sites, b: Sites, names: Sequence[str]) -> list[tuple[str, str]]
     """Sites, and what of them differs between two plain runs."""
     found = []
     for name in names:
-        for (what, x, event_dim), (_, y, _) in zip(
-            parts_of(a[name]), parts_of(b[name]), strict=False
-        ):
+        for what, x, y, event_dim in parts_of_both(a[name], b[name]):
             if x.shape != y.shape or differs(x, y, event_dim) is not None:
                 found.append((name, what))
                 break
@@ -113,6 +111,8 @@ class _Look:
         counts: Tensor | None = None,
     ) -> bool:
         """Whether an enumerated tensor, gathered, is the plain one where it counts."""
+        if e is p:
+            return True  # no mask, no scale
         event_dim = min(event_dim, e.dim(), p.dim())
         index: list[Tensor] = []
         for d in range(event_dim - e.dim(), 0):
