@@ -10,8 +10,9 @@ from pyro_em.graph.failing.blame import given_tensors
 from pyro_em.graph.failing.failures import needs_more_dimensions, on_failure, too_many_dimensions
 from pyro_em.graph.many_rows.slices import Slices
 from pyro_em.graph.structure import Structure
-from pyro_em.tracing.allocation import OutputTooLarge, is_shadow
+from pyro_em.tracing.allocation import is_shadow
 from pyro_em.tracing.loops import vectorizing
+from pyro_em.tracing.operations import OutputTooLarge
 from pyro_em.tracing.runs import Model, Run, enumerated_run, is_of_shadows, is_of_validation
 from pyro_em.tracing.sites import tensors_of
 

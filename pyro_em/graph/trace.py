@@ -21,7 +21,7 @@ from pyro_em.graph.enumerated import more_than_torch_has, run_enumerated
 from pyro_em.graph.factors import FIXED_SIZE, FactorGraph, Latent
 from pyro_em.graph.failing.failures import changing_sites
 from pyro_em.graph.findings.another_model import require_same
-from pyro_em.graph.findings.side_effects import refuse_clearing
+from pyro_em.graph.findings.side_effects import refused_clearing
 from pyro_em.graph.forms import FEW, forms_of
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.many_rows.by_rows import Sites, by_rows
@@ -307,10 +307,9 @@ def noted_run(
     # What is noted of a run depends on it: all runs of which something is noted are alike in this.
     is_shared = not attached and (is_bound or log is not None)
     met = SharedDistributions() if is_shared else None
-    run = run_enumerated(
-        model, args, kwargs, structure, reading=log, attached=attached, met=met, **how
-    )
-    refuse_clearing(run, "model")
+    run = run_enumerated(model, args, kwargs, structure, log=log, attached=attached, met=met, **how)
+    if run.cleared:
+        raise refused_clearing("model")
     if log is not None:
         note_sites(log, run)
     return run

@@ -1,4 +1,4 @@
-"""The only file that uses torch's dispatch modes: watching what a model's operations allocate.
+"""What a model's operations allocate: at most so much, or nothing where shapes alone are of use.
 
 A plain run of a mixture looks up one covariance matrix per datum: N × D × D numbers, several times.
 Only their shapes are of use. A *shadow* is a tensor without numbers (on torch's ``meta`` device);
@@ -9,7 +9,6 @@ that a model makes of its data, `x @ v.T`, can be shadows as well (`pyro_em.trac
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,13 +16,11 @@ from typing import Any
 import torch
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_em.tracing.operations import OperationLog, is_view
+from pyro_em.tracing.operations import Operation, is_view, watching
 from pyro_em.tracing.shadow_shapes import shadow_from
 from pyro_em.tracing.tables import Tables, as_shadows
-
-Operation = Callable[..., Any]
 
 _META = torch.device("meta")
 
@@ -32,105 +29,12 @@ _SMALL = 4096  # cells; what is smaller is not counted
 _KEPT_BYTES = 2**26  # what a model makes of nothing and may keep has numbers up to this size
 
 
-class OutputTooLarge(Exception):
-    """An operation inside a model made a tensor above the limit; holds its size in cells."""
-
-    def __init__(self, cells: int) -> None:
-        super().__init__(f"{cells} cells")
-        self.cells = cells
-
-
 class Overspent(BaseException):
     """A run allocates more than it may. No `Exception`: a model that catches those lets it pass."""
 
 
 class NumbersNeeded(Exception):
     """A run with shadows cannot go on, or what it showed cannot be judged, without numbers."""
-
-
-class _Watching(TorchDispatchMode):
-    """Every operation inside goes through ``handle(operation, args, kwargs)``."""
-
-    def __init__(self, handle: Callable[[Operation, tuple, dict[str, Any]], Any]) -> None:
-        super().__init__()
-        self.handle = handle
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # True imports torch._dynamo at the first operation: a second or two, and 70 MB.
-        return False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.handle(func, args, kwargs or {})
-
-
-class _WatchingBesideDynamo(_Watching):
-    """The same where ``torch.compile`` is in use, which must not compile the watching itself."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.handle(func, args, kwargs or {})
-
-
-def _watching(handle: Callable[[Operation, tuple, dict[str, Any]], Any]) -> TorchDispatchMode:
-    cls = _WatchingBesideDynamo if "torch._dynamo" in sys.modules else _Watching
-    return cls(handle)
-
-
-def size_guard(limit: int, by: Callable[..., Any] | None = None) -> TorchDispatchMode:
-    """A block in which an operation whose output exceeds ``limit`` cells raises `OutputTooLarge`.
-
-    Args:
-        limit: Cells.
-        by: Runs each operation, given it, its arguments and its keyword arguments.
-    """
-
-    def handle(func: Operation, args: tuple, kwargs: dict[str, Any]) -> Any:
-        out = func(*args, **kwargs) if by is None else by(func, args, kwargs)
-        if isinstance(out, Tensor) and out.numel() > limit:
-            # An expanded view has many elements and little memory: count what is stored.
-            stored = out.untyped_storage().nbytes() // out.element_size()
-            if stored > limit:
-                raise OutputTooLarge(stored)
-        return out
-
-    return _watching(handle)
-
-
-def watching(by: Callable[..., Any]) -> TorchDispatchMode:
-    """A block whose operations are run by ``by``, given each and its arguments."""
-    return _watching(by)
-
-
-class Unwatched:
-    """A block whose operations are of no interest: what watches them costs more than they do.
-
-    Blocks of others that watch too stay as they are.
-
-    Args:
-        log: What would note the operations of those blocks.
-    """
-
-    def __init__(self, log: OperationLog | None = None) -> None:
-        self.log = log
-        self._mode: Any = None
-
-    def __enter__(self) -> None:
-        if self.log is not None:
-            self.log.is_aside = True
-        depth = torch._C._len_torch_dispatch_stack()
-        if depth and isinstance(torch._C._get_dispatch_stack_at(depth - 1), _Watching):
-            self._mode = _pop_mode()
-
-    def __exit__(self, *exception: Any) -> None:
-        if self._mode is not None:
-            _push_mode(self._mode)
-            self._mode = None
-        if self.log is not None:
-            self.log.is_aside = False
 
 
 def spending_at_most(limit: int, tables: Tables | None = None) -> TorchDispatchMode:
@@ -165,7 +69,7 @@ def spending_at_most(limit: int, tables: Tables | None = None) -> TorchDispatchM
                 spend(t.untyped_storage().nbytes())
         return out
 
-    return _watching(handle)
+    return watching(handle)
 
 
 def _of_index(source: Tensor, indices: Any) -> int:
@@ -215,7 +119,7 @@ class Shadows:
         self._makes_one = False
 
     def __enter__(self) -> Shadows:
-        self._mode = _watching(self._handle)
+        self._mode = watching(self._handle)
         self._mode.__enter__()
         return self
 

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
-from pyro_em.tracing.allocation import OutputTooLarge, Unwatched, size_guard
 from pyro_em.tracing.constructed import (
     begin_constructing,
     end_constructing,
@@ -37,7 +36,15 @@ from pyro_em.tracing.constructed import (
     tensors_made,
 )
 from pyro_em.tracing.dependences import Reading, checksum
-from pyro_em.tracing.operations import HELD, MADE, PARAMETER, PART, OperationLog
+from pyro_em.tracing.operations import (
+    HELD,
+    MADE,
+    PARAMETER,
+    PART,
+    OperationLog,
+    Unwatched,
+    within,
+)
 
 _MOST_CALLS = 4096  # of a run; what is longer is known by its operations
 
@@ -166,7 +173,7 @@ class CallLog(OperationLog):
 
     @contextmanager
     def _noting_both(self, mode: _Calls, beneath: OperationLog) -> Iterator[None]:
-        with size_guard(self._limit, beneath), mode:
+        with beneath.noting(self._limit), mode:
             yield
 
     def over(self) -> None:
@@ -200,7 +207,7 @@ class CallLog(OperationLog):
     def call(self, function: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """Call a function of torch and note it."""
         if not self.is_complete:
-            return self._bounded(function(*args, **kwargs))
+            return within(self._limit, function(*args, **kwargs))
         noted: list[Any] = [function]
         for a in args:
             noted.append(self.origin(a) if isinstance(a, Tensor) else self._other(a))
@@ -216,13 +223,6 @@ class CallLog(OperationLog):
         self.entries.append(tuple(noted))
         if len(self.entries) > _MOST_CALLS:
             self._give_up()
-        return out
-
-    def _bounded(self, out: Any) -> Any:
-        if isinstance(out, Tensor) and out.numel() > self._limit:
-            stored = out.untyped_storage().nbytes() // out.element_size()
-            if stored > self._limit:
-                raise OutputTooLarge(stored)
         return out
 
     def _made(self, out: Tensor) -> bool:
@@ -243,7 +243,7 @@ class CallLog(OperationLog):
         self._origin[at] = len(self.entries)
         self._hold(memory)
         if out.numel() > self._limit:
-            self._bounded(out)
+            within(self._limit, out)
         return True
 
     def _hold(self, memory: torch.UntypedStorage) -> None:

@@ -14,8 +14,6 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em.tracing.allocation import Unwatched
-from pyro_em.tracing.calls import CallLog
 from pyro_em.tracing.memory import own_start, settle
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import TracedParameter, constrained
@@ -63,7 +61,7 @@ class ParameterCapture(Messenger):
         self.values = values
         self.hand_out = hand_out
         self.log, self.begins = log, begins
-        self.aside = self._quietly()
+        self.aside: AbstractContextManager[None] = nullcontext() if log is None else log.aside()
         self.look_at_initial_shape = look_at_initial_shape
         self.given: dict[str, Any] = {}
         self.parameters: dict[str, TracedParameter] = {}
@@ -105,11 +103,6 @@ class ParameterCapture(Messenger):
         settle([own])  # what is noted of it is noted by its memory
         if self.log is not None:
             self.log.give(own, name)
-
-    def _quietly(self) -> AbstractContextManager[None]:
-        if isinstance(self.log, CallLog):
-            return self.log.aside()
-        return nullcontext() if self.log is None else Unwatched(self.log)
 
     def _read(self, msg: dict[str, Any]) -> None:
         """Give a message the value of a parameter that the param store holds under a constraint.

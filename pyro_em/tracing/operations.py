@@ -6,17 +6,25 @@ comes. Numbers that leave torch (``.item()``, a condition) are noted too, since 
 with them. Runs with equal notes differ in nothing but the numbers in parameters and arguments, so
 that what was found out about one of them (which sites read which, what is coupled, how parameters
 reach a density) holds for the other.
+
+The only file that uses torch's dispatch modes: what watches operations is here, whether it notes them
+or not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 from pyro_em.tracing.dependences import Reading, checksum
+
+Operation = Callable[..., Any]
 
 _FRESH = torch.ops.aten.lift_fresh.default
 
@@ -37,6 +45,66 @@ _PLAIN = frozenset({bool, int, float, str, torch.Size, type(None)})  # whose con
 _NOTED = (Tensor, int, float, str, tuple, list, type(None))  # of what a distribution holds
 
 _NEAR = 256  # operations: whence a tensor comes is counted back from here, so that steps are alike
+
+
+class OutputTooLarge(Exception):
+    """An operation inside a model made a tensor above the limit; holds its size in cells."""
+
+    def __init__(self, cells: int) -> None:
+        super().__init__(f"{cells} cells")
+        self.cells = cells
+
+
+class _Watching(TorchDispatchMode):
+    """Every operation inside goes through ``handle(operation, args, kwargs)``."""
+
+    def __init__(self, handle: Callable[[Operation, tuple, dict[str, Any]], Any]) -> None:
+        super().__init__()
+        self.handle = handle
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # True imports torch._dynamo at the first operation: a second or two, and 70 MB.
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.handle(func, args, kwargs or {})
+
+
+class _WatchingBesideDynamo(_Watching):
+    """The same where ``torch.compile`` is in use, which must not compile the watching itself."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.handle(func, args, kwargs or {})
+
+
+def watching(by: Callable[[Operation, tuple, dict[str, Any]], Any]) -> TorchDispatchMode:
+    """A block whose operations are run by ``by``, given each and its arguments."""
+    cls = _WatchingBesideDynamo if "torch._dynamo" in sys.modules else _Watching
+    return cls(by)
+
+
+def size_guard(limit: int) -> TorchDispatchMode:
+    """A block in which an operation whose output exceeds ``limit`` cells raises `OutputTooLarge`."""
+    return watching(lambda func, args, kwargs: within(limit, func(*args, **kwargs)))
+
+
+def within(limit: int, out: Any) -> Any:
+    """The output of an operation.
+
+    Raises:
+        OutputTooLarge: If it is a tensor that holds more than ``limit`` cells.
+    """
+    if isinstance(out, Tensor) and out.numel() > limit:
+        # An expanded view has many elements and little memory: count what is stored.
+        stored = out.untyped_storage().nbytes() // out.element_size()
+        if stored > limit:
+            raise OutputTooLarge(stored)
+    return out
 
 
 _views: dict[int, tuple[Any, bool]] = {}  # by identity: an operation's hash is slow
@@ -115,6 +183,18 @@ class OperationLog:
         note = tuple(noted)
         entries.append(note if len(entries) < _NEAR else self._shared(note))
         return out
+
+    def noting(self, limit: int) -> AbstractContextManager[Any]:
+        """A block whose operations are noted; an output of more cells than the limit is refused.
+
+        Raises:
+            OutputTooLarge: From the midst of the block.
+        """
+        return watching(lambda func, args, kwargs: within(limit, self(func, args, kwargs)))
+
+    def aside(self) -> AbstractContextManager[None]:
+        """A block that does nothing of the model's."""
+        return Unwatched(self)
 
     def give(self, tensor: Tensor, name: str) -> None:
         """Note the name of a tensor that no operation of the run makes."""
@@ -254,3 +334,31 @@ class OperationLog:
         if isinstance(value, (bool, int, float, str)):
             return (value.__class__, value)
         return value if isinstance(value, _OPTIONS) else repr(value)
+
+
+class Unwatched:
+    """A block whose operations are of no interest: what watches them costs more than they do.
+
+    Blocks of others that watch too stay as they are.
+
+    Args:
+        log: What would note the operations of those blocks.
+    """
+
+    def __init__(self, log: OperationLog | None = None) -> None:
+        self.log = log
+        self._mode: Any = None
+
+    def __enter__(self) -> None:
+        if self.log is not None:
+            self.log.is_aside = True
+        depth = torch._C._len_torch_dispatch_stack()
+        if depth and isinstance(torch._C._get_dispatch_stack_at(depth - 1), _Watching):
+            self._mode = _pop_mode()
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._mode is not None:
+            _push_mode(self._mode)
+            self._mode = None
+        if self.log is not None:
+            self.log.is_aside = False

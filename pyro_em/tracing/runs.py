@@ -27,15 +27,14 @@ from pyro.poutine.trace_messenger import TraceMessenger
 
 from pyro_em.distributions import has_finite_support
 from pyro_em.errors import PyroEMError
-from pyro_em.tracing.allocation import NumbersNeeded, Overspent, Shadows, size_guard
-from pyro_em.tracing.calls import CallLog
+from pyro_em.tracing.allocation import NumbersNeeded, Overspent, Shadows
 from pyro_em.tracing.capture import ParameterCapture
 from pyro_em.tracing.freed import return_freed_memory
 from pyro_em.tracing.handlers import KeepValues
 from pyro_em.tracing.lean import AtLarge, EnumTrace, LeanTrace, Met, TaggingTrace, WatchingTrace
 from pyro_em.tracing.memory import settle
 from pyro_em.tracing.mixing import Mixing
-from pyro_em.tracing.operations import OperationLog
+from pyro_em.tracing.operations import OperationLog, size_guard
 from pyro_em.tracing.parameters import TracedParameter, alive
 from pyro_em.tracing.provenance import scopes_of
 from pyro_em.tracing.randomness import (
@@ -378,7 +377,7 @@ def enumerated_run(
     keep_random_state: bool = True,
     attached: bool = False,
     validated: bool = False,
-    reading: Callable[..., Any] | None = None,
+    log: OperationLog | None = None,
     begin: Begin | None = None,
     met: Met | None = None,
     clamped: frozenset[str] = frozenset(),
@@ -398,12 +397,11 @@ def enumerated_run(
         keep_random_state: Whether the global random state is restored.
         attached: Whether parameters stay attached to their unconstrained leaves.
         validated: Whether distributions check their arguments.
-        reading: Runs each operation, to note what it reads; with a limit only.
+        log: Notes what the run does, and what it reads; with a limit only.
         begin: How parameters get their first values in it; None where they have values.
         met: Called with each site once it is traced, which it may change.
         clamped: Sites with ``obs_mask`` whose value is that of their unobserved part in all rows.
     """
-    log = reading if isinstance(reading, OperationLog) else None
     begins = begin is not None
     capture = ParameterCapture(values, begins, hand_out=not attached, log=log, begins=begins)
     tracer = EnumTrace(-1 - max_plate_nesting, latents, kept, capture, clamped)
@@ -421,18 +419,18 @@ def enumerated_run(
     ):
         if random_seed is not None:
             seed_generators(random_seed)
-        with _within(limit, reading):
+        with _within(limit, log):
             tracer.follow(model, args, kwargs)
     settle([p.unconstrained for p in capture.parameters.values()])
     cleared = before is not None and was_cleared(before)
     return Run(dict(tracer.trace.nodes), capture.parameters, cleared=cleared)
 
 
-def _within(limit: int | None, reading: Callable[..., Any] | None) -> AbstractContextManager[Any]:
+def _within(limit: int | None, log: OperationLog | None) -> AbstractContextManager[Any]:
     """A block whose operations are held to a limit, and noted where somebody reads them."""
     if limit is None:
         return nullcontext()
-    return reading.noting(limit) if isinstance(reading, CallLog) else size_guard(limit, reading)
+    return size_guard(limit) if log is None else log.noting(limit)
 
 
 def is_of_validation(error: Exception) -> bool:

@@ -19,11 +19,10 @@ from pyro_em.globs import Values, is_glob, listed, matching, stacked_answers, un
 from pyro_em.graph.factors import Latent
 from pyro_em.portable import Absent, Portable
 from pyro_em.posteriors.answers.posterior import Posterior
-from pyro_em.tracing.allocation import watching
 from pyro_em.tracing.dependences import Dependences, Reading, changed_since
 from pyro_em.tracing.draws import sites_of
 from pyro_em.tracing.names import names_of, tensors_in
-from pyro_em.tracing.operations import OperationLog
+from pyro_em.tracing.operations import OperationLog, watching
 from pyro_em.tracing.parameters import parameters_at
 from pyro_em.tracing.randomness import same_random_state, seeded
 from pyro_em.tracing.turns import alone

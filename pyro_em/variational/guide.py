@@ -23,7 +23,7 @@ from pyro_em.errors import ModelError, PyroEMError, UsageError, message, raise_f
 from pyro_em.graph.bindings.autograd import leaves_below
 from pyro_em.graph.findings.held_latents import coupled_latents
 from pyro_em.graph.findings.initial import tell_of_starts
-from pyro_em.graph.findings.side_effects import Watched, refuse_clearing, writing_problems
+from pyro_em.graph.findings.side_effects import Watched, refused_clearing, writing_problems
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.unregistered import Unregistered, unregistered
 from pyro_em.tracing.parameters import TracedParameter, rename
@@ -242,10 +242,12 @@ def look_at_guide(
     except RunFailed as failure:
         raise ModelError(_guide_failed(guide, failure.error)) from failure.error
     tell_of_starts(plain.parameters)
-    refuse_clearing(plain, "guide")
+    if plain.cleared:
+        raise refused_clearing("guide")
     watched.after_one_run(plain.sites)
     tagged = provenance_run(guide, args, kwargs, plain, drawn=True)
-    refuse_clearing(tagged, "guide")
+    if tagged.cleared:
+        raise refused_clearing("guide")
     if writing := writing_problems(guide, args, kwargs, watched, plain, tagged.scopes):
         raise_findings(writing)
     scopes: dict[str, frozenset[str]] = {}

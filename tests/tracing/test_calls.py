@@ -12,9 +12,8 @@ from pyro.distributions.distribution import COERCIONS
 from torch.overrides import _push_mode
 from torch.utils._device import DeviceContext
 
-from pyro_em.tracing.allocation import OutputTooLarge
 from pyro_em.tracing.calls import CallLog
-from pyro_em.tracing.operations import OperationLog
+from pyro_em.tracing.operations import OperationLog, OutputTooLarge
 from pyro_em.tracing.whole import LeftWhole
 
 X = torch.tensor([1.0, -2.0, 3.0])

@@ -16,7 +16,7 @@ from pyro.poutine.markov_messenger import MarkovMessenger
 from torch import Tensor
 
 from pyro_em import ExactPosteriorEM
-from pyro_em.tracing.allocation import Overspent, size_guard
+from pyro_em.tracing.allocation import Overspent
 from pyro_em.tracing.calls import CallLog
 from pyro_em.tracing.capture import ParameterCapture
 from pyro_em.tracing.dependences import Reading
@@ -180,7 +180,7 @@ def test_values_of_steps_are_noted_alike_and_told_apart_by_their_form(kind: Any)
         log = kind([], Reading(lambda: None, (), {}))
         tracer = EnumTrace(-1, capture=ParameterCapture(log=log))
         tracer.aside, tracer.made = tracer.capture.aside, log.make  # type: ignore[union-attr]
-        with log.noting(10**6) if kind is CallLog else size_guard(10**6, log), tracer:
+        with log.noting(10**6), tracer:
             for i, size in enumerate(sizes):
                 probs = torch.ones(size)
                 z = pyro.sample(f"z_{i}", dist.Categorical(probs), infer=PARALLEL)

@@ -6,8 +6,7 @@ import torch
 from torch.distributions.transforms import AffineTransform, ExpTransform
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_em.tracing.allocation import Unwatched, size_guard, watching
-from pyro_em.tracing.operations import OperationLog
+from pyro_em.tracing.operations import OperationLog, Unwatched, watching
 
 X = torch.tensor([1.0, -2.0, 3.0])
 W = torch.tensor([0.5, 0.25, 1.0])
@@ -15,7 +14,7 @@ W = torch.tensor([0.5, 0.25, 1.0])
 
 def notes(run, **given):
     log = OperationLog(given.items())
-    with size_guard(2**20, log):
+    with log.noting(2**20):
         run(**given)
     return log.finished()
 
@@ -98,7 +97,7 @@ def test_sites_are_told_apart_by_all_that_their_distributions_hold():
 def test_sites_are_told_apart_by_the_operations_that_made_their_tensors():
     def noted(order):
         log, sites = OperationLog([("x", X)]), {}
-        with size_guard(2**20, log):
+        with log.noting(2**20):
             made = [X * n for n in range(1, 400)]  # far apart, too
         for i, (arguments, value) in enumerate(order):
             sites[f"x_{i}"] = {
@@ -129,7 +128,7 @@ def test_sites_are_told_apart_by_the_operations_that_made_their_tensors():
 
 def test_steps_that_are_alike_share_their_notes():
     log, sites = OperationLog([("x", X)]), {}
-    with size_guard(2**20, log):
+    with log.noting(2**20):
         for t in range(150):
             sites[f"x_{t}"] = {
                 "fn": dist.Normal(X * 2, 1.0),

@@ -40,7 +40,7 @@ from pyro_em.graph.findings.readable import (
     refuse_sparse_values,
     refuse_without_numbers,
 )
-from pyro_em.graph.findings.side_effects import Watched, refuse_clearing, writing_problems
+from pyro_em.graph.findings.side_effects import Watched, refused_clearing, writing_problems
 from pyro_em.graph.findings.site_findings import SiteFindings
 from pyro_em.graph.findings.value_checks import (
     given_problems,
@@ -156,7 +156,8 @@ def _findings(
 
     ``foreign`` says whether a tensor that is no parameter requires a gradient in it.
     """
-    refuse_clearing(plain, "model")
+    if plain.cleared:
+        raise refused_clearing("model")
     watched.after_one_run(plain.sites)
     factors = factors_in(plain.sites)
     if not factors:
@@ -169,7 +170,8 @@ def _findings(
     plates, random_plates = _plates(plain.sites, frames)
     refuse_sparse_values(factors)
     tagged = provenance_run(model, args, kwargs, plain, drawn=guide_given)
-    refuse_clearing(tagged, "model")
+    if tagged.cleared:
+        raise refused_clearing("model")
     if set(tagged.scopes) != set(factors):
         raise_findings([changing_sites(sorted(set(tagged.scopes) ^ set(factors)), random_plates)])
     writing = writing_problems(model, args, kwargs, watched, plain, factors)

@@ -166,21 +166,16 @@ def writing_problems(
     ]
 
 
-def refuse_clearing(run: Run, where: str) -> None:
-    """Refuse a model or guide that empties the param store.
-
-    Raises:
-        ModelError: If this run did.
-    """
-    if run.cleared:
-        raise ModelError(
-            message(
-                where,
-                "it clears the param store while it runs (pyro.clear_param_store()).",
-                "every run would begin with new parameters: nothing could be learned",
-                [
-                    "clear the store before the model is passed here, not in it",
-                    "for a store of its own: with pyro.get_param_store().scope(): around the fit",
-                ],
-            )
+def refused_clearing(where: str) -> ModelError:
+    """The refusal of a model or guide that empties the param store."""
+    return ModelError(
+        message(
+            where,
+            "it clears the param store while it runs (pyro.clear_param_store()).",
+            "every run would begin with new parameters: nothing could be learned",
+            [
+                "clear the store before the model is passed here, not in it",
+                "for a store of its own: with pyro.get_param_store().scope(): around the fit",
+            ],
         )
+    )
