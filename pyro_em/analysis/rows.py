@@ -23,7 +23,6 @@ from torch import Tensor
 
 from pyro_em.errors import Finding, UsageError, raise_findings
 from pyro_em.tracing.leaves import Path, leaves_of, name_of, replaced
-from pyro_em.tracing.randomness import same_random_state
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role, factors_in, role_of
 from pyro_em.tracing.whole import LeftWhole
@@ -176,8 +175,7 @@ def run(model: Model, args: tuple, kwargs: dict[str, Any], *handlers: Any) -> Si
         UsageError: If a value has not the shape of its site.
     """
     with (
-        LeftWhole(),
-        same_random_state(),
+        LeftWhole(random_state=True),
         torch.no_grad(),
         pyro.validation_enabled(False),
         poutine.trace() as tracer,

@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_em.families.chunks import log_density
 from pyro_em.families.family import Family
 from pyro_em.graph.all_data import AllData
-from pyro_em.graph.bindings.binding import Binding
+from pyro_em.graph.bindings.binding import Binding, evaluated
 from pyro_em.graph.later_arguments import LaterArguments
 from pyro_em.graph.stretches import Members, Repeated
 from pyro_em.graph.structure import Structure
@@ -239,13 +239,8 @@ class Group:
         """The arguments at parameter values, or as traced where ``values`` is None."""
         if values is None:
             return dict(self.arguments)
-        return {
-            # Parameters may be coarser than the data.
-            name: b.evaluate(values).to(self.outlines[name].dtype)
-            if b.is_static
-            else self.arguments[name]
-            for name, b in self.bindings.items()
-        }
+        found = evaluated(self.bindings, values, self.outlines)
+        return {n: found[n] if n in found else self.arguments[n] for n in self.bindings}
 
     def weights(self) -> Tensor:
         """What multiplies each member's log density: scale, and zero where it is masked.

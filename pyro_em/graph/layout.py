@@ -38,7 +38,7 @@ from pyro_em.graph.stacking import Batch, Factor, repeated
 from pyro_em.graph.structure import SiteInfo, Structure
 from pyro_em.graph.unrecorded import log_density_of_site
 from pyro_em.tracing.feasible import without_masked_nonsense
-from pyro_em.tracing.sites import Role, frames_of, mask_tensor
+from pyro_em.tracing.sites import Role, mask_tensor
 
 _POSSIBLE = ("Unit", "Clamped")  # of which no value is nonsense where it is masked
 _LARGE = 1 << 16  # numbers of an argument from which on it is read without its copies
@@ -80,7 +80,17 @@ class FactorLayout:
             site = sites[name]
             self.size_of[name] = site["value"].shape[self.dim_of[name] - site["fn"].event_dim]
 
-    def latents(self, forms: Mapping[str, Hashable]) -> dict[str, Latent]:
+    def pieces_and_latents(
+        self,
+        names: Sequence[str],
+        forms: Mapping[str, Hashable | None],
+        leaves: Mapping[str, Tensor] | None,
+        few: float,
+    ) -> tuple[list[Factor | Batch], dict[str, Latent]]:
+        """The factors of some sites, and all latents; see `pieces`."""
+        return self.pieces(names, forms, leaves, few), self.latents(forms)
+
+    def latents(self, forms: Mapping[str, Hashable | None]) -> dict[str, Latent]:
         """All latents; those of one form that have equal values share one support."""
         known: dict[Hashable, tuple[Tensor, Latent]] = {}
         out: dict[str, Latent] = {}
@@ -106,11 +116,10 @@ class FactorLayout:
         for dim in reversed(range(batch)):
             if dim != at:
                 support = support.select(dim, 0)
-        frames = frames_of(site)
-        by_dim = {f.dim: f.name for f in frames.values()}
-        rank = self.structure.sites[name].batch_dim
-        dims = tuple(by_dim.get(d) for d in range(-rank, 0))
-        return Latent(name, tuple(frames), support.detach(), dims)
+        info = self.structure.sites[name]
+        by_dim = {self.structure.plates[p].dim: p for p in info.plates}
+        dims = tuple(by_dim.get(d) for d in range(-info.batch_dim, 0))
+        return Latent(name, info.plates, support.detach(), dims)
 
     def place(self, name: str) -> tuple[tuple[str, ...], list[int | None], list[int]]:
         """The latents in a site's scope, and the dimensions and sizes of its plates and of these."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.families.family import Family
-from pyro_em.graph.bindings.binding import Binding
+from pyro_em.graph.bindings.binding import Binding, each_alone
 from pyro_em.graph.bindings.binding import joined as joined_bindings
 from pyro_em.graph.factors import Group
 from pyro_em.graph.structure import SiteInfo
@@ -244,7 +244,7 @@ def _of_one(f: Factor) -> Group:
         f.family,
         f.event_dims,
         {name: a.unsqueeze(0) for name, a in f.arguments.items()},
-        {name: b.alone for name, b in f.bindings.items()},
+        each_alone(f.bindings),
         f.value.unsqueeze(0),
         None if f.mask is None else f.mask.unsqueeze(0),
         (f.scale,),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_em.distributions import is_outside
 from pyro_em.errors import DegenerateError, Finding, ModelError, PyroEMError, raise_findings
+from pyro_em.graph.bindings.named_leaves import NamedLeaves
 from pyro_em.graph.bindings.shared_distributions import SharedDistributions
 from pyro_em.graph.bindings.signatures import KeptSelections, Recurring
 from pyro_em.graph.clamps import with_clamps
@@ -219,8 +220,10 @@ def _traced(
     if clamped:
         sites = with_clamps(sites, clamped)
         forms = forms_of(sites)
-    leaves = {name: p.leaf for name, p in run.parameters.items()}
-    bindings = Recurring(leaves, kept) if with_bindings else None
+    leaves: NamedLeaves | None = None
+    if with_bindings:
+        leaves = NamedLeaves({name: p.leaf for name, p in run.parameters.items()})
+    bindings = None if leaves is None else Recurring(leaves, kept)
     layout = FactorLayout(sites, structure, bindings, detached)
     counted = [n for n in structure.sites if n not in structure.passing]
     problems = _out_of_scope(layout, counted)
@@ -232,8 +235,7 @@ def _traced(
         _require_inside(sites, structure)
     if only is not None and not layout.is_masked:
         counted = [n for n in counted if n in only]
-    pieces = layout.pieces(counted, forms, leaves if with_bindings else None, few)
-    return pieces, layout.latents(forms), run
+    return *layout.pieces_and_latents(counted, forms, leaves, few), run
 
 
 def _out_of_scope(layout: FactorLayout, names: Sequence[str]) -> list[Finding]:

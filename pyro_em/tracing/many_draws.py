@@ -98,8 +98,7 @@ class ManyDraws:
         watch = Mixing({})
         try:
             with (
-                LeftWhole(),
-                same_random_state(),
+                LeftWhole(random_state=True),
                 torch.no_grad(),
                 pyro.validation_enabled(False),
                 looking_at(watch),

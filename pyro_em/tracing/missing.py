@@ -31,7 +31,6 @@ from pyro_em.tracing.feasible import from_data, without_masked_nonsense
 from pyro_em.tracing.handlers import MISSING, SampleMessenger
 from pyro_em.tracing.names import names_of, tensors_in
 from pyro_em.tracing.provenance import Tagged, tags_of
-from pyro_em.tracing.randomness import same_random_state
 from pyro_em.tracing.sites import is_factor
 from pyro_em.tracing.whole import LeftWhole
 
@@ -261,6 +260,6 @@ def missing_in(model: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[Missi
         args: Its positional arguments.
         kwargs: Its keyword arguments.
     """
-    with LeftWhole(), same_random_state(), torch.no_grad(), poutine.trace() as tracer:
+    with LeftWhole(random_state=True), torch.no_grad(), poutine.trace() as tracer:
         model(*args, **kwargs)
     return missing_of(tracer.trace.nodes)

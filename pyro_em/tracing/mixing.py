@@ -285,7 +285,7 @@ def _is_laid_anew(index: Any) -> bool:
     """Whether an index is a list or says yes or no, so that what it takes has places of its own."""
     return any(
         isinstance(p, (list, bool))
-        or (isinstance(p, Tensor) and p.dtype in (torch.bool, torch.uint8))
+        or (isinstance(p, Tensor) and _dtype(p) in (torch.bool, torch.uint8))
         for p in (index if isinstance(index, tuple) else (index,))
     )
 
@@ -308,6 +308,11 @@ def _sums_over(args: tuple, sizes: frozenset[int], is_tagged: Callable[[Any], bo
 
 def _are_ints(dims: Any) -> bool:
     return isinstance(dims, (tuple, list)) and all(isinstance(d, int) for d in dims)
+
+
+def _dtype(tensor: Tensor) -> torch.dtype:
+    plain: Tensor = getattr(tensor, "_t", tensor)
+    return plain.dtype
 
 
 def _shape(value: Any) -> tuple[int, ...]:

@@ -309,9 +309,8 @@ def provenance_run(
     )
     tracer = TaggingTrace({n: s["value"] for n, s in latents.items()}, capture)
     with (
-        LeftWhole(),
+        LeftWhole(random_state=True),
         plain.shadows or nullcontext(),
-        same_random_state(),
         torch.no_grad(),
         pyro.validation_enabled(False),
         TaggedDistributions(mixing).made_here(),
@@ -352,8 +351,7 @@ def held_run(
         values: Values of all its latents, and of the sites of its guide.
     """
     with (
-        LeftWhole(),
-        same_random_state(),
+        LeftWhole(random_state=True),
         torch.no_grad(),
         pyro.validation_enabled(False),
         LeanTrace() as tracer,
@@ -411,8 +409,7 @@ def enumerated_run(
         tracer.draws, keep_random_state = tracer.aside, begin.keep_random_state
     before = store_as_it_is() if begins else None
     with (
-        LeftWhole(),
-        same_random_state(keep_random_state),
+        LeftWhole(keep_random_state),
         torch.enable_grad(),
         pyro.validation_enabled(False),
         dist.validation_enabled(validated),

@@ -8,6 +8,8 @@ there.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -15,14 +17,23 @@ import torch
 from pyro.distributions.distribution import COERCIONS
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
+from torch import Tensor
 
 _VALIDATING = (pyro.distributions, pyro.infer, pyro.poutine)
 
 
+@dataclass(eq=False)
 class LeftWhole:
-    """A block after which handlers, plates, modes and validation are as before, if it breaks off."""
+    """A block after which handlers, plates, modes and validation are as before, if it breaks off.
+
+    Args:
+        random_state: Whether random states are as before too, however it ends.
+    """
+
+    random_state: bool = False
 
     def __enter__(self) -> LeftWhole:
+        self._random = _random_states() if self.random_state else ()
         forget_lost_plates()
         self._handlers, self._plates = list(_PYRO_STACK), list(_DIM_ALLOCATOR._stack)
         self._modes, self._grad = torch._C._len_torch_dispatch_stack(), torch.is_grad_enabled()
@@ -32,6 +43,8 @@ class LeftWhole:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
+        for set_state, state in self._random:
+            set_state(state)
         if kind is None:
             return
         if self._handlers != _PYRO_STACK:
@@ -72,6 +85,14 @@ class Unvalidated:
                 part.enable_validation(was)
         if torch.distributions.Distribution._validate_args != self._of_torch:
             torch.distributions.Distribution.set_default_validate_args(self._of_torch)
+
+
+def _random_states() -> Sequence[tuple[Callable[[Tensor], None], Tensor]]:
+    """The random states that `pyro_em.tracing.randomness.same_random_state` restores, and how."""
+    states = [(torch.set_rng_state, torch.get_rng_state())]
+    if torch.cuda.is_initialized():
+        states.append((torch.cuda.set_rng_state, torch.cuda.get_rng_state()))
+    return states
 
 
 def forget_lost_plates() -> None:

@@ -155,4 +155,5 @@ def leaves_below(tensors: Iterable[Tensor]) -> set[int]:
 
 def _leaves_below(node: Node, leaves: Mapping[str, Tensor]) -> tuple[tuple[str, ...], bool]:
     """Names of the parameters below a node in the order of ``leaves``; whether no other leaf is."""
-    return NamedLeaves.of(leaves).among(variables_below(node))
+    named = leaves if isinstance(leaves, NamedLeaves) else NamedLeaves(leaves)
+    return named.among(variables_below(node))

@@ -358,6 +358,24 @@ class Binding:
         return normalised(out, self.normalise)
 
 
+def each_alone(bindings: Mapping[str, Binding]) -> dict[str, Binding]:
+    """The bindings of several arguments, each as `Binding.alone`."""
+    return {name: b.alone for name, b in bindings.items()}
+
+
+def evaluated(
+    bindings: Mapping[str, Binding], values: Mapping[str, Tensor], like: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Those of several arguments that can be recomputed from the parameters, at their ``values``.
+
+    Args:
+        bindings: Of the arguments.
+        values: Of the parameters, which may be coarser than the data.
+        like: Tensors of the arguments' dtypes.
+    """
+    return {n: b.evaluate(values).to(like[n].dtype) for n, b in bindings.items() if b.is_static}
+
+
 def joined(bindings: Sequence[Binding], join: Callable[[list[Tensor]], Tensor]) -> Binding:
     """Bindings of one form as one, their tensors joined along the cells."""
     first = bindings[0]

@@ -6,21 +6,24 @@ names for each answer takes T² steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 
-class NamedLeaves(Mapping[str, Tensor]):
-    """A mapping of names to leaf tensors that also finds the name of a tensor.
+class NamedLeaves(dict[str, Tensor]):
+    """Leaf tensors by name, which also finds the name of a tensor.
 
     Args:
         leaves: The tensors by name. They are not to change as long as this is in use.
+
+    Attributes:
+        names: Of the tensors, by their identity.
     """
 
     def __init__(self, leaves: Mapping[str, Tensor]) -> None:
-        self._leaves = leaves
-        self._names = {id(leaf): name for name, leaf in leaves.items()}
+        super().__init__(leaves)
+        self.names = {id(leaf): name for name, leaf in leaves.items()}
         self._places: dict[str, int] | None = None
 
     @classmethod
@@ -28,21 +31,9 @@ class NamedLeaves(Mapping[str, Tensor]):
         """Leaves whose names are found: as they are, where they are known to be."""
         return leaves if isinstance(leaves, cls) else cls(leaves)
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._leaves[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._leaves
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._leaves)
-
-    def __len__(self) -> int:
-        return len(self._leaves)
-
     def name_of(self, tensor: Tensor) -> str | None:
         """The name of a tensor; None where it is none of the leaves."""
-        return self._names.get(id(tensor))
+        return self.names.get(id(tensor))
 
     def among(self, tensors: Iterable[Tensor]) -> tuple[tuple[str, ...], bool]:
         """The names of leaves among some tensors, in their order; whether all of these are leaves."""
@@ -55,5 +46,5 @@ class NamedLeaves(Mapping[str, Tensor]):
         if len(known) <= 1:
             return tuple(known)
         if self._places is None:
-            self._places = {name: place for place, name in enumerate(self._leaves)}
+            self._places = {name: place for place, name in enumerate(self)}
         return tuple(sorted(known, key=self._places.__getitem__))

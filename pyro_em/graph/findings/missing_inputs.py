@@ -19,7 +19,6 @@ from pyro_em.errors import DataError, Finding
 from pyro_em.tracing.handlers import SampleMessenger
 from pyro_em.tracing.lean import nothing
 from pyro_em.tracing.missing import LAGGED
-from pyro_em.tracing.randomness import same_random_state
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import is_factor
 from pyro_em.tracing.whole import LeftWhole
@@ -129,8 +128,7 @@ def inputs_that_failed(model: Model, args: tuple, kwargs: dict[str, Any]) -> lis
     notes = _NoteInputs()
     try:
         with (
-            LeftWhole(),
-            same_random_state(),
+            LeftWhole(random_state=True),
             torch.no_grad(),
             pyro.validation_enabled(False),
             notes,
