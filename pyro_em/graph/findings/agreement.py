@@ -51,15 +51,16 @@ def disagreements(
         n: None if form is None or others.get(n) is None else (form, others[n])
         for n, form in forms.items()
     }
-    agreeing = _Together(look, kinds).agreeing()
+    is_alike = any(kind is not None for kind in kinds.values())
+    agreeing = _Together(look, kinds).agreeing() if is_alike else frozenset[str]()
     found = []
     for name, site in enumerated.items():
         other = None if name in agreeing else plain.get(name)
         if other is None:
             continue
-        visible, counts = look.visible(site), counted_cells(other)
+        visible = look.visible(site)
         for what, e, p, event_dim in parts_of_both(site, other):
-            if not look.same(e, _untagged(p), event_dim, visible, counts):
+            if not look.same(e, _untagged(p), event_dim, visible, other):
                 found.append((name, what))
                 break
     return found
@@ -108,9 +109,9 @@ class _Look:
         p: Tensor,
         event_dim: int,
         visible: Mapping[int, str],
-        counts: Tensor | None = None,
+        site: Mapping[str, Any],
     ) -> bool:
-        """Whether an enumerated tensor, gathered, is the plain one where it counts."""
+        """Whether a tensor of a site, enumerated and gathered, is the plain one where that counts."""
         if e is p:
             return True  # no mask, no scale
         event_dim = min(event_dim, e.dim(), p.dim())
@@ -132,6 +133,7 @@ class _Look:
         except RuntimeError:
             return False
         off = differs(part, cut.to(part.dtype), event_dim)
+        counts = None if off is None else counted_cells(site)
         if off is None or counts is None:
             return off is None
         return not bool((off & self.cut(_untagged(counts), 0).to(off.device)).any())

@@ -48,7 +48,8 @@ def require_same(
     """
     with torch.no_grad():
         nesting = structure.max_plate_nesting
-        looked = with_labels(looked, structure.clamped)
+        if structure.clamped:
+            looked = with_labels(looked, structure.clamped)
         off = disagreements(sites, looked, structure.latents, nesting, forms, parts)
         if not off and structure.joined and not parts:
             off = _off_elsewhere(model, args, kwargs, sites, structure, looked, forms)

@@ -178,8 +178,8 @@ def _findings(
     if writing:
         raise_findings(writing)
     # Under an obs_mask that is True everywhere nothing of the unobserved part is used.
-    unobserved_sites = list(latents_in(factors))
-    unused = {n for n in unobserved_sites if _masked_out(factors[n])}
+    unobserved = latents_in(factors)
+    unused = {n for n, site in unobserved.items() if _masked_out(site)}
     unused = {n for n in unused if not has_finite_support(factors[n]["fn"])}
     place = {name: i for i, name in enumerate(plain.sites)}
     reached = with_numbers_read(model, args, kwargs, plain, tagged)
@@ -189,9 +189,9 @@ def _findings(
         for parent in sorted(scope & place.keys(), key=place.__getitem__)
         if parent != child
     )
-    hidden = set(unobserved_sites) - unused
+    hidden = set(unobserved) - unused
     scopes = {n: scope & hidden for n, scope in reached.items()}
-    barren = _barren(factors, scopes, max_enumeration)
+    barren = _barren(factors, unobserved, scopes, max_enumeration)
     masked_pairs = {
         name: _obs_mask(plain.sites[f"{name}_observed"])
         for name, site in plain.sites.items()
@@ -200,15 +200,15 @@ def _findings(
         and f"{name}_unobserved" in factors
     }
     dropped = set(barren)
-    latents = {n: None for n in unobserved_sites if n not in dropped}
+    latents = {n: None for n in unobserved if n not in dropped}
     counted = {n: scope for n, scope in scopes.items() if n not in dropped}
+    site_plates = {n: tuple(own) for n, own in frames.items()}
     suspects = reaching_in_plates(
-        tagged.suspects & latents.keys(), tagged.read, plain.sites, counted
+        tagged.suspects & latents.keys(), tagged.read, site_plates, counted
     )
     coupled = coupled_latents(model, args, kwargs, plain, suspects, counted)
     for name in may_be_clamped(masked_pairs, latents, tagged.sites):
         scopes[f"{name}_observed"] = frozenset({f"{name}_unobserved"})
-    site_plates = {n: tuple(own) for n, own in frames.items()}
     children = _children(scopes)
     marginals = marginals_of(model, args, kwargs, plain, scopes, not guide_given)
     said = SiteFindings(
@@ -327,7 +327,10 @@ def _plates(
 
 
 def _barren(
-    factors: Mapping[str, Any], scopes: Mapping[str, frozenset[str]], max_enumeration: int
+    factors: Mapping[str, Any],
+    latents: Mapping[str, Any],
+    scopes: Mapping[str, frozenset[str]],
+    max_enumeration: int,
 ) -> tuple[str, ...]:
     """Unobserved sites that reach no observation and cannot be enumerated with their parents.
 
@@ -335,7 +338,7 @@ def _barren(
     last step alone integrates to one, and may as well be summed with the others.
     """
     needed: set[str] = set()
-    latents, series = latents_in(factors), current_series.get()
+    series = current_series.get()
     carried = {} if series is None else series.carried_on(latents)
     more: set[str] = set(factors) - set(latents)
     while more:

@@ -15,7 +15,7 @@ from pyro_em.graph.coupling import Coupling, couplings, moved_by
 from pyro_em.graph.failing.failures import changing_sites
 from pyro_em.tracing.allocation import NumbersNeeded
 from pyro_em.tracing.runs import Model, Run, held_run
-from pyro_em.tracing.sites import frames_of, latents_in
+from pyro_em.tracing.sites import latents_in
 
 
 def with_numbers_read(
@@ -50,7 +50,7 @@ def with_numbers_read(
 def reaching_in_plates(
     suspects: frozenset[str],
     read: frozenset[str],
-    sites: Mapping[str, Mapping[str, Any]],
+    plates: Mapping[str, Collection[str]],
     scopes: Mapping[str, frozenset[str]],
 ) -> frozenset[str]:
     """Suspects whose elements another element may read: where no site of their plates does, none can.
@@ -61,10 +61,9 @@ def reaching_in_plates(
     Args:
         suspects: Latents whose elements a provenance run may have mixed.
         read: Those that were read as numbers: nobody knows what these reach.
-        sites: All sites as a plain run traced them.
+        plates: Of each site, by name.
         scopes: For each site that counts, the latents that reach it.
     """
-    plates = {name: frames_of(sites[name]).keys() for name in {*suspects, *scopes}}
     reaching = {z for name, scope in scopes.items() for z in scope if _meet(plates, name, z)}
     return suspects & (reaching | read)
 

@@ -18,7 +18,7 @@ from pyro_em.graph.findings.missing_inputs import input_problems
 from pyro_em.graph.findings.value_checks import data_problems, weight_problems
 from pyro_em.graph.structure import SiteInfo
 from pyro_em.tracing.runs import is_smooth
-from pyro_em.tracing.sites import Role, role_of, support_reads_latents
+from pyro_em.tracing.sites import Role, roles_in, support_reads_latents
 
 
 @dataclass(eq=False)
@@ -60,6 +60,7 @@ class SiteFindings:
     def __post_init__(self) -> None:
         self._order = {name: i for i, name in enumerate(self.factors)}
         self._forms = sound_forms(self.factors)
+        self._roles = roles_in(self.factors)
         self._known: dict[Hashable, SiteInfo] = {}  # by form, where there was nothing to say
 
     def take(self, names: Sequence[str]) -> None:
@@ -85,7 +86,7 @@ class SiteFindings:
             if not self.guide_given:
                 among = [c.problem() for c in self.coupled.get(name, ()) if c.part]
                 found.extend(no_route or among)
-        role = role_of(site)
+        role = self._roles[name]
         if not unobserved and role is Role.DATA:
             found.extend(self._of_data(name, site))
         if self.missing:
