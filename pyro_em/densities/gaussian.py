@@ -57,6 +57,7 @@ class Prepared:
         white: How the data are whitened.
         wide: The first two in float64. # (K, P), (K, 1)
         size: The largest term of the expanded square, times √D: what its rounding is relative to.
+        lost: What rounding took from the first two; None where it took nothing. # (K, P), (K, 1)
     """
 
     linear: Tensor | None
@@ -64,13 +65,15 @@ class Prepared:
     white: Whitened | Scaled | None = None
     wide: tuple[Tensor, Tensor] | None = None
     size: float = 0.0
+    lost: tuple[Tensor, Tensor] | None = None
 
     def part(self, cells: slice) -> Prepared:
         """Some of the components."""
         white = None if self.white is None else self.white.part(cells)
         wide = None if self.wide is None else (self.wide[0][cells], self.wide[1][cells])
         linear = None if self.linear is None else self.linear[cells]
-        return Prepared(linear, self.constant[cells], white, wide, self.size)
+        lost = None if self.lost is None else (self.lost[0][cells], self.lost[1][cells])
+        return Prepared(linear, self.constant[cells], white, wide, self.size, lost)
 
     @property
     def mean(self) -> Tensor | None:
@@ -194,7 +197,9 @@ class Gaussian:
         wide = (linear, constant)
         if dtype == torch.float64:
             return Prepared(linear, constant, wide=wide, size=size)
-        return Prepared(linear.to(dtype), constant.to(dtype), wide=wide, size=size)
+        rounded = (linear.to(dtype), constant.to(dtype))
+        lost = (linear - rounded[0], constant - rounded[1])
+        return Prepared(*rounded, wide=wide, size=size, lost=lost)
 
     def _shift(self, loc: Tensor) -> Tensor:
         """μ' = μ − c. # (K or 1, D)"""
@@ -262,9 +267,9 @@ class Gaussian:
 
     def correction(self, p: Prepared, moments: Tensor, mass: Tensor) -> Tensor | float:
         """What rounded coefficients cost the log evidence, to first order, in nats."""
-        if p.wide is None or p.linear is None or p.linear.dtype == torch.float64:
+        if p.lost is None:
             return 0.0
-        linear, constant = (a - b for a, b in zip(p.wide, (p.linear, p.constant), strict=True))
+        linear, constant = p.lost
         return (moments * linear).sum() + (mass * constant.squeeze(-1)).sum()
 
     def statistics(

@@ -40,7 +40,6 @@ class FewRows:
         in_order: Whether these are the first ones in order: all of η, where no other part has some.
         N: Rows.
         noise: How far rounding may carry the evidence, by the size of the largest term.
-        rounded: The rule of the rows, where coefficients are rounded to fewer digits.
         labels: What is seen of the latent.
     """
 
@@ -51,7 +50,6 @@ class FewRows:
     in_order: bool
     N: int
     noise: float
-    rounded: Gaussian | None
     labels: tuple[Labels, ...] = ()
 
     @classmethod
@@ -70,8 +68,7 @@ class FewRows:
         ((g, rule),), (table,) = factors.normals.items(), cells.values()
         if type(rule) is not Gaussian or rule.stored is None or not table.is_plain:
             return None
-        rounded = None if rule.x.dtype == torch.float64 else rule
-        if rounded is not None and N * factors.K > FEW_CELLS:
+        if rule.x.dtype != torch.float64 and N * factors.K > FEW_CELLS:
             return None  # a chunk is quicker: its exponentials are kept from the smallest numbers
         in_order = is_in_order(table.columns) and len(table.columns) == factors.K
         noise = 2e-16 * N**0.5
@@ -83,7 +80,6 @@ class FewRows:
             in_order,
             N,
             noise,
-            rounded,
             factors.labels,
         )
 
@@ -107,8 +103,8 @@ class FewRows:
         evidence, weights = responsibilities(joint)
         mass = weights.sum(1, dtype=torch.float64)
         moments = (weights @ self.transposed).to(torch.float64)
-        if self.rounded is not None:
-            evidence = evidence + self.rounded.correction(p, moments, mass)
+        if p.lost is not None:  # as `Gaussian.correction` says
+            evidence = evidence + (moments * p.lost[0]).sum() + (mass * p.lost[1].squeeze(-1)).sum()
         log_evidence = checked(evidence, mass, self.N)
         features = mass if is_all else scattered(eta, self.columns, [mass])
         return Expectation(
