@@ -135,8 +135,10 @@ class FirstSeen:
 
 def with_origin(result: EMResult, origin: Origin) -> EMResult:
     """A result whose plan notes where its fit began."""
+    if not origin.stored:
+        return result
     usual = name_of_start(None)
-    if usual not in result.start or not origin.stored:
+    if usual not in result.start:
         return result
     start = result.start.replace(usual, _STORED)
     if not origin.foreign:

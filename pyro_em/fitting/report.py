@@ -113,7 +113,6 @@ def build_result(
     text = stuck or text
     if stuck or broken:
         warn(text)
-    parameters = program.graph.parameters
     _warn_of_massless(program, run)
     rows = num_rows(program) if data is None else data.over.sum(lambda p: num_rows(p.program))
     if settings.bar.starts > 1:
@@ -128,7 +127,9 @@ def build_result(
     values = Params(
         {name: v.clone() for name, v in run.values(program).items()}, _point_sites(program)
     )
-    unconstrained = snapshot(parameters)
+    unconstrained = run.parameters
+    num_steps = len(run.entering)
+    ends = tuple(_end(r) for r in runs)
     rate = rate_of_convergence([*run.entering, bound])
     logger.info("fit: %s log evidence %.6f", run.status.name, log_evidence)
     return EMResult(
@@ -139,16 +140,16 @@ def build_result(
         converged=status in (EMStatus.CONVERGED, EMStatus.ROUNDING),
         status=status,
         message=text,
-        num_steps=run.num_steps,
+        num_steps=num_steps,
         total_steps=total_steps,
         seconds=time.perf_counter() - settings.begin,
         plan=_noting(
-            _with_advice(program.plan(), settings, run.num_steps, rate),
+            _with_advice(program.plan(), settings, num_steps, rate),
             [*notes, *(found.note for found in apart)],
         ),
         rate=rate,
-        starts=tuple(r.objective for r in runs if not r.is_replaced),
-        ends=tuple(_end(r) for r in runs),
+        starts=tuple(e.objective for r, e in zip(runs, ends, strict=True) if not r.is_replaced),
+        ends=ends,
         num_rows=rows,
         counted=counted(program.structure, rows),
         _free=_later_where_data_tell_nothing(
@@ -222,7 +223,7 @@ def _information_of(
 
 def _end(run: EMRun) -> End:
     collapsed = run.status in (EMStatus.DEGENERATE, EMStatus.UNBOUNDED) or run.last is None
-    return End(run.name, run.objective, run.status, run.num_steps, collapsed)
+    return End(run.name, run.objective, run.status, len(run.entering), collapsed)
 
 
 def _with_advice(plan: Plan, settings: Settings, steps: int, rate: float | None) -> Plan:

@@ -55,7 +55,9 @@ def boundary_notes(over: Reduction[Part], lead: Program, log_evidence: float) ->
     """
     has_blocks = next(_blocks(lead), None) is not None
     values = values_of(lead.graph.parameters) if has_blocks else {}
-    trials, noises = over.from_first(lambda: (_trials(lead, values), _noises(lead)))
+    trials, noises = list[Trial](), list[str]()
+    if has_blocks:
+        trials, noises = over.from_first(lambda: (_trials(lead, values), _noises(lead)))
     if trials and not over.is_whole:
         plate = plate_of_rows(lead.structure)
         if plate is not None and shared_blocks(lead.graph, plate):

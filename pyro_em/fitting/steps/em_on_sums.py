@@ -6,15 +6,11 @@ the ordinary raises `Handover`: `pyro_em.fitting.steps.guarded` then takes a ste
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pyro_em.densities.theta import Theta
-from pyro_em.densities.tying import Arguments
 from pyro_em.errors import Handover
 from pyro_em.fitting.steps.parted import Parted
 from pyro_em.fitting.steps.point import Point, SumsPoint, Values
@@ -22,10 +18,7 @@ from pyro_em.plan.program import Program
 from pyro_em.posteriors.quick import QuickSteps
 from pyro_em.tracing.freed import keep_freed_memory, return_freed_memory
 from pyro_em.tracing.parameters import values_of
-from pyro_em.tracing.sites import Role
 from pyro_em.updates.expectations.statistics import Expectation
-
-_CELLS = 2**18  # of an argument that are looked at together
 
 
 class OnSums:
@@ -63,7 +56,7 @@ class OnSums:
             self._holds_many = expectation.holds_many
         except torch.linalg.LinAlgError as error:
             raise Handover from error
-        log_prior = theta.log_prior(at)
+        log_prior = theta.log_prior(at) if self._has_prior else 0.0
         return self.point(at, expectation, log_prior, values)
 
     def _alike(self, at: Any) -> Any:
@@ -136,58 +129,11 @@ def on_sums(program: Program, data: Parted | None = None) -> OnSums | None:
         program: The model with its data.
         data: The parts of the data; None where all are at hand.
     """
-    return_freed_memory([group.value for group in program.graph.groups])
+    data_of_groups = [group.value for group in program.graph.groups]
+    return_freed_memory(data_of_groups)
     block = program.kernel.block
     if block is None or (data is not None and not data.is_quick):
         return None
-    return_freed_memory(group.value for group in program.graph.groups)  # left by its making
+    return_freed_memory(data_of_groups)  # left by its making
     keep_freed_memory()
     return OnSums(program, block, data)
-
-
-def tells_apart(at: SumsPoint) -> bool:
-    """Whether the components differ in an argument of what is observed."""
-    theta = at.block.theta
-    return any(
-        _differs(part, 1 + group.n_plates, 1 + len(group.sizes))
-        for group, evaluators in zip(theta.graph.groups, theta.evaluators, strict=True)
-        if group.observed
-        and group.role is not Role.POINT
-        and (group.mask is None or bool(group.mask.any()))
-        for a in evaluators.values()
-        if a.dtype.is_floating_point
-        for part in _parts(a, 1 + group.n_plates, at.values)
-    )
-
-
-def _parts(a: Arguments, lead: int, values: Values) -> Iterator[Tensor]:
-    """An argument at parameter values, some rows at a time where it has many numbers.
-
-    Args:
-        a: How it is computed.
-        lead: How many dimensions are members and plates.
-        values: The parameters.
-    """
-    along = max(range(lead), key=lambda d: a.shape[d])
-    rows = a.shape[along]
-    step = rows * _CELLS // max(math.prod(a.shape), 1)
-    if a.param is not None or step >= rows:
-        yield a.evaluate(values)
-        return
-    step = max(step, 1)
-    for begin in range(0, rows, step):
-        size = min(step, rows - begin)
-
-        def some(t: Tensor, begin: int = begin, size: int = size) -> Tensor:
-            return t.narrow(along, begin, size) if t.shape[along] > 1 else t
-
-        yield a.binding.mapped(some).evaluate(values)
-
-
-def _differs(argument: Tensor, first: int, dims: int) -> bool:
-    """Whether an argument differs between values of a latent."""
-    axes = [i for i in range(first, dims) if argument.shape[i] > 1]
-    if not axes:
-        return False
-    low, high = argument.amin(axes), argument.amax(axes)
-    return bool((high - low > 1e-6 * high.abs().clamp(min=1.0)).any())

@@ -58,7 +58,7 @@ def iterate(
         run.status = EMStatus.INTERRUPTED
     if keeper is not None:
         keeper.at_rest(em, run)
-    pauses = run.num_steps >= until and run.status is EMStatus.MAX_STEPS
+    pauses = len(run.entering) >= until and run.status is EMStatus.MAX_STEPS
     at = run.last if pauses else None
     settle(em, run)
     return at

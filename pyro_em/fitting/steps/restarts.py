@@ -68,7 +68,8 @@ def run_starts(
         runs.append(first or run_start(em, settings, beginning, init, 0))
         if num_restarts > 1 and runs[0].status not in _OVER:
             over = _others(em, settings, beginning, num_restarts - 1, origin, search)
-        revive(em, best_of([*runs, *over]))
+        if first is not None or num_restarts > 1:  # a single start has left its own in the store
+            revive(em, best_of([*runs, *over]))
     except BaseException:
         if runs:  # nothing already fitted is lost
             restore(em.program.graph.parameters, best_of(runs).parameters)
