@@ -11,6 +11,7 @@ and one M-step takes the sums of all.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Self
 
 import torch
@@ -23,7 +24,7 @@ from pyro_em.graph.factors import FactorGraph
 from pyro_em.posteriors.arrangement import Arrangement, Kinds, PlacedBlock, arranged
 from pyro_em.posteriors.block import Component, Values
 from pyro_em.posteriors.contracted import Contraction, onto
-from pyro_em.posteriors.quick import QuickBlock, SumsBlock
+from pyro_em.posteriors.quick import EMSteps, QuickBlock, SumsBlock
 from pyro_em.updates.expectations.statistics import Expectation
 
 
@@ -81,9 +82,8 @@ class Independent(SumsBlock):
             Handover: If a part hands over, or what is contracted is impossible.
         """
         total = Expectation(0.0, {})
-        for part in self.kernels:
-            assert isinstance(part.block, QuickBlock)
-            total = total + part.outside(part.block.e_step(part.inside(at)))
+        for part, steps in zip(self.kernels, self._own_steps, strict=True):
+            total = total + part.outside(steps.e_step(part.inside(at)))
         if self.rest is not None:
             with torch.inference_mode(False):  # its sums are a gradient
                 found = self.rest.block.expect(self.theta.values(at))
@@ -91,6 +91,12 @@ class Independent(SumsBlock):
                 raise Handover
             total = total + self.rest.outside(found)
         return total
+
+    @cached_property
+    def _own_steps(self) -> list[EMSteps]:
+        """What takes the steps of each kernel."""
+        blocks = [part.block for part in self.kernels]
+        return [block.steps(self.theta) for block in blocks if isinstance(block, QuickBlock)]
 
     def table(self, values: Values) -> Tensor:
         """The log evidence per cell, in nats. # (*plates,)"""

@@ -44,8 +44,21 @@ class Outline(Generic[B]):
     sizes: Mapping[int, int] | None = None
 
 
-class QuickSteps(Protocol):
+class EMSteps(Protocol):
     """What steps on sums need: parameters in a form of their own, and an E-step there."""
+
+    @property
+    def theta(self) -> Any:
+        """The parameters: ``enter``, ``values``, ``m_step``, ``log_prior``."""
+        ...
+
+    def e_step(self, at: Any) -> Expectation:
+        """Evidence and sums at some parameters."""
+        ...
+
+
+class QuickSteps(EMSteps, Protocol):
+    """What takes the steps of a model, as its plan names it."""
 
     @property
     def name(self) -> str:
@@ -55,15 +68,6 @@ class QuickSteps(Protocol):
     @property
     def words(self) -> str:
         """What the plan says of an iteration."""
-        ...
-
-    @property
-    def theta(self) -> Any:
-        """The parameters: ``enter``, ``values``, ``m_step``, ``log_prior``."""
-        ...
-
-    def e_step(self, at: Any) -> Expectation:
-        """Evidence and sums at some parameters."""
         ...
 
 
@@ -89,6 +93,14 @@ class SumsBlock:
         Raises:
             Handover: If something has to be judged by an E-step that looks at all tables.
         """
+
+    def steps(self, theta: Theta) -> EMSteps:
+        """What takes many steps on its data: itself, or what these data allow to be quicker.
+
+        Args:
+            theta: The parameters of the steps: its own, or those of all blocks that it stands beside.
+        """
+        return self
 
     @property
     def adds(self) -> bool:

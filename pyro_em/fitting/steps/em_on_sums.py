@@ -15,7 +15,7 @@ from pyro_em.errors import Handover
 from pyro_em.fitting.steps.parted import Parted
 from pyro_em.fitting.steps.point import Point, SumsPoint, Values
 from pyro_em.plan.program import Program
-from pyro_em.posteriors.quick import QuickSteps
+from pyro_em.posteriors.quick import EMSteps, SumsBlock
 from pyro_em.tracing.freed import keep_freed_memory, return_freed_memory
 from pyro_em.tracing.parameters import values_of
 from pyro_em.updates.expectations.statistics import Expectation
@@ -33,7 +33,7 @@ class OnSums:
     _holds_many: bool  # whether its E-steps hold numbers of each of many rows
     _has_prior: bool  # whether a parameter may have one
 
-    def __init__(self, program: Program, block: QuickSteps, data: Parted | None = None) -> None:
+    def __init__(self, program: Program, block: EMSteps, data: Parted | None = None) -> None:
         self.program, self.block, self.data = program, block, data
         self._holds_many = False
         theta = block.theta
@@ -136,4 +136,6 @@ def on_sums(program: Program, data: Parted | None = None) -> OnSums | None:
         return None
     return_freed_memory(data_of_groups)  # left by its making
     keep_freed_memory()
-    return OnSums(program, block, data)
+    return OnSums(
+        program, block.steps(block.theta) if isinstance(block, SumsBlock) else block, data
+    )

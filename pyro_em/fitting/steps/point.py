@@ -14,7 +14,7 @@ from pyro_em.plan.evaluation import Evaluation
 from pyro_em.plan.part import Made, Summary
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.answers.posterior import Posterior
-from pyro_em.posteriors.quick import QuickSteps
+from pyro_em.posteriors.quick import EMSteps
 from pyro_em.tracing.turns import Alone
 from pyro_em.updates.expectations.statistics import Expectation
 
@@ -85,7 +85,7 @@ class SumsPoint(Point):
     def __init__(
         self,
         program: Program,
-        block: QuickSteps,
+        block: EMSteps,
         at: Any,
         expectation: Expectation,
         log_prior: float,

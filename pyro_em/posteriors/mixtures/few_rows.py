@@ -18,11 +18,12 @@ from torch import Tensor
 from pyro_em.densities.density import checked, scattered
 from pyro_em.densities.features import Cells
 from pyro_em.densities.gaussian import Gaussian, Prepared
-from pyro_em.densities.theta import At
+from pyro_em.densities.theta import At, Theta
 from pyro_em.graph.bindings.binding import is_in_order
 from pyro_em.posteriors.mixtures.labels import Labels
 from pyro_em.posteriors.mixtures.responsibilities import sum_of_logs, unnormalised
 from pyro_em.posteriors.mixtures.row_factors import RowFactors
+from pyro_em.posteriors.quick import SumsBlock
 from pyro_em.updates.expectations.statistics import NATURAL, Expectation
 
 FEW_CELLS = 2**13
@@ -33,6 +34,8 @@ class FewRows:
     """Rows that are few enough for one product.
 
     Attributes:
+        theta: The parameters of the steps.
+        in_chunks: What takes the E-step where components are too narrow for products.
         g: The group of the rows.
         features: Φ. # (P, N)
         transposed: Φᵀ. # (N, P)
@@ -43,6 +46,8 @@ class FewRows:
         labels: What is seen of the latent.
     """
 
+    theta: Theta
+    in_chunks: SumsBlock
     g: int
     features: Tensor
     transposed: Tensor
@@ -53,13 +58,22 @@ class FewRows:
     labels: tuple[Labels, ...] = ()
 
     @classmethod
-    def of(cls, factors: RowFactors, cells: Mapping[int, Cells], N: int) -> FewRows | None:
+    def of(
+        cls,
+        factors: RowFactors,
+        cells: Mapping[int, Cells],
+        N: int,
+        theta: Theta,
+        in_chunks: SumsBlock,
+    ) -> FewRows | None:
         """The rows of some factors, if that is all that they are.
 
         Args:
             factors: All factors that read rows; they read all latents of these.
             cells: All factors that read no row.
             N: Rows, which are held at once.
+            theta: The parameters of the steps.
+            in_chunks: The block that they are.
         """
         if factors.linear is not None or factors.others or factors.counted:
             return None
@@ -73,6 +87,8 @@ class FewRows:
         in_order = is_in_order(table.columns) and len(table.columns) == factors.K
         noise = 2e-16 * N**0.5
         return cls(
+            theta,
+            in_chunks,
             g,
             rule.stored,
             rule.stored.T,
@@ -83,8 +99,8 @@ class FewRows:
             factors.labels,
         )
 
-    def e_step(self, at: At) -> Expectation | None:
-        """Evidence and sums at some parameters; None where components are too narrow for products.
+    def e_step(self, at: At) -> Expectation:
+        """Evidence and sums at some parameters.
 
         Raises:
             Handover: If a row is impossible, a density is not a number, or mass was lost.
@@ -93,7 +109,7 @@ class FewRows:
         assert at.natural is not None
         eta = at.natural.eta
         if p.linear is None:
-            return None
+            return self.in_chunks.e_step(at)
         is_all = self.in_order and len(eta) == len(self.columns)
         log_pi = eta if is_all else eta.take(self.columns)
         constant = log_pi.unsqueeze(-1).to(p.constant.dtype) + p.constant

@@ -24,7 +24,7 @@ from pyro_em.densities.exponential import Exponential
 from pyro_em.densities.gaussian import Gaussian
 from pyro_em.densities.layout import Layout
 from pyro_em.densities.student import StudentRows
-from pyro_em.densities.theta import At
+from pyro_em.densities.theta import At, Theta
 from pyro_em.densities.weibull import WeibullRows
 from pyro_em.errors import Finding
 from pyro_em.posteriors.block import Component
@@ -41,7 +41,7 @@ from pyro_em.posteriors.mixtures.rows import (
     why_not_constant,
     with_rows,
 )
-from pyro_em.posteriors.quick import Outline
+from pyro_em.posteriors.quick import EMSteps, Outline
 from pyro_em.updates.expectations.statistics import Expectation
 
 _ROWS = 16  # of a group on average, below which chunks of one group would be too small
@@ -142,6 +142,10 @@ class GroupedRows(Mixture):
         if any(0 in self.shape.reads[g] for g in (*self.normals, *self.tables)):
             return False
         return super().adds
+
+    def steps(self, theta: Theta) -> EMSteps:
+        """Its rows are in groups, however few they are."""
+        return self
 
     def e_step(self, at: At) -> Expectation:
         """Evidence and sums at some parameters.

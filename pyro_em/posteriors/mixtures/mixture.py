@@ -46,7 +46,7 @@ from pyro_em.posteriors.mixtures.rows import (
     why_no_rows,
     why_not_constant,
 )
-from pyro_em.posteriors.quick import Outline, QuickBlock
+from pyro_em.posteriors.quick import EMSteps, Outline, QuickBlock
 from pyro_em.updates.expectations.statistics import NATURAL, Expectation, group_sums
 
 _CHUNK_BYTES = 2**21
@@ -187,10 +187,6 @@ class Mixture(QuickBlock):
         Raises:
             Handover: If a row is impossible, a density is not a number, or mass was lost.
         """
-        if self._few is not None:
-            few = self._few.e_step(at)
-            if few is not None:
-                return few
         eta = None if at.natural is None else at.natural.eta
         sizes = self.shape.sizes
         constant = self._constant(at, eta)
@@ -241,16 +237,15 @@ class Mixture(QuickBlock):
             return None
         return (g, rule) if isinstance(rule, CompiledRows) else None
 
-    @cached_property
-    def _few(self) -> FewRows | None:
-        """The same where few rows read components and nothing else."""
+    def steps(self, theta: Theta) -> EMSteps:
+        """The same, where few rows read components and nothing else: all of them at once."""
         is_alone = len(self.factors) == 1 and not (self.tables or self.known or self.free)
         if not is_alone or self.repeats is not None or self.chunk < self.N:
-            return None
+            return self
         (factors,) = self.factors
         if len(factors.reads) < len(self.shape.sizes):
-            return None
-        return FewRows.of(factors, self.cells, self.N)
+            return self
+        return FewRows.of(factors, self.cells, self.N, theta, self) or self
 
     def _swept(self, at: At, constant: Tensor, g: int, rule: CompiledRows) -> Collected | None:
         """Evidence and sums by a compiled loop; None where it does not serve."""
