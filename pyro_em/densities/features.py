@@ -128,7 +128,8 @@ def cells(group: Group, features: Sequence[Feature], base: Tensor) -> Cells:
     n = math.prod(table)
     places, columns, fs = [], [], []
     for part in features:
-        f = part.f.squeeze(tuple(range(lead))).expand(*table, *part.f.shape[lead + len(table) :])
+        f = part.f
+        f = f.squeeze(tuple(range(lead))).expand(*table, *f.shape[lead + len(table) :])
         c = part.columns.squeeze(tuple(range(lead)))
         f, c = f.reshape(n, -1), c.expand(*table, *c.shape[len(table) :]).reshape(n, -1)
         f, c = torch.broadcast_tensors(f, c)

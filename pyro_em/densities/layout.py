@@ -14,7 +14,7 @@ from pyro_em.densities.predicted import Predicted, as_predicted
 from pyro_em.densities.regression import Lines, as_lines
 from pyro_em.densities.vector_regression import VectorLines, as_vector_lines
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.updates.update import ParameterUpdate
+from pyro_em.updates.update import Newton, ParameterUpdate
 
 Regression = Lines | VectorLines | Predicted | LaplaceRows
 
@@ -59,10 +59,12 @@ def layout_of(
     for g, K in sizes.items():
         where = (g, graph, updates, values, K)
         line: Regression | None = None
-        is_affine = any(b.how == "affine" for b in graph.groups[g].bindings.values())
+        bindings = graph.groups[g].bindings.values()
+        is_affine = any(b.how == "affine" for b in bindings)
+        is_curved = any(isinstance(updates[p].update, Newton) for b in bindings for p in b.params)
         if is_affine:
             line = as_lines(*where) or as_vector_lines(*where)
-        line = line or as_predicted(*where) or as_laplace(*where)
+        line = line or (as_predicted(*where) if is_curved else None) or as_laplace(*where)
         if is_affine:
             line = line or as_dispersed(*where)
         if line is not None:

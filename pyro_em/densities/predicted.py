@@ -317,7 +317,8 @@ def as_predicted(
     """The predictor of a group, with all of its parameters, or None.
 
     Args:
-        g: A group whose members and plates are the rows.
+        g: A group whose members and plates are the rows; Newton's method solves for one of its
+            parameters.
         graph: The collapsed graph.
         updates: What was decided.
         values: Parameter values, for their shapes.
@@ -325,8 +326,7 @@ def as_predicted(
     """
     group = graph.groups[g]
     names = [p for b in group.bindings.values() for p in b.params]
-    newton = [p for p in names if isinstance(updates[p].update, Newton)]
-    if not newton or group.event_dims or group.elements is not None:
+    if group.event_dims or group.elements is not None:
         return None
     found = [p for p in predictors_of(graph, names) if p.group == g]
     if len(found) != 1:

@@ -52,8 +52,9 @@ def fit_exactly(call: Call, program: Program) -> EMResult:
 
 def _fit(call: Call, program: Program, data: Parted | None, kept: KeptFit | None) -> EMResult:
     session, wishes = call.session, call.wishes
-    refuse_stochastic_keywords(wishes.stochastic(), session.request.guide is not None)
-    check_acceleration(wishes.acceleration, program.is_monotone and program.strategy is None)
+    refuse_stochastic_keywords(wishes, session.request.guide is not None)
+    if wishes.acceleration is not None:
+        check_acceleration(wishes.acceleration, program.is_monotone and program.strategy is None)
     if call.args and is_loader(call.args[0]):
         raise UsageError(
             message(

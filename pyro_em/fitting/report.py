@@ -158,7 +158,7 @@ def build_result(
                 program, run.initial_values, without=local, apart=apart, read=read
             ),
         ),
-        num_local_estimates=local_estimates(program, run.initial_values, local),
+        num_local_estimates=local_estimates(program, run.initial_values, local) if local else 0,
         start=start,
         seed=seed,
         dtype=program.graph.dtype,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -233,13 +233,14 @@ def check_checkpoint(w: FitWishes) -> int | None:
     return whole("fit", "checkpoint_every", w.checkpoint_every)
 
 
-def refuse_stochastic_keywords(names: Sequence[str], has_guide: bool = False) -> None:
+def refuse_stochastic_keywords(wishes: FitWishes, has_guide: bool = False) -> None:
     """An exact fit uses all data at every step.
 
     Args:
-        names: The keywords that were passed and belong to stochastic fits.
+        wishes: The keywords of the fit.
         has_guide: Whether there is a guide that could draw the latents.
     """
+    names = wishes.stochastic()
     if names:
         raise UsageError(
             message(

@@ -75,6 +75,8 @@ class Request(StaysHere):
 
     def check_strategies(self, latents: Iterable[str], exact: Iterable[str]) -> None:
         """Refuse a dict of strategies that names no latent, or part of what is summed together."""
+        if not isinstance(self.strategy, Mapping):
+            return
         unknown = unknown_strategies(self.strategy, latents)
         if unknown:
             raise UsageError(

@@ -210,7 +210,7 @@ def free_parameters(
 @torch.no_grad()
 def local_estimates(program: Program, initial: Mapping[str, Tensor], names: Collection[str]) -> int:
     """Numbers of point estimates that are no parameters of the model, counted in the same way."""
-    return _count_of(program, initial, names) if names else 0
+    return _count_of(program, initial, names)
 
 
 def _count_of(

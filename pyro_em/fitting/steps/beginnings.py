@@ -157,7 +157,7 @@ class Beginning:
         rows of all processes.
         """
         data = self.em.data
-        if data is None or init is None or (isinstance(init, Mapping) and data.is_at_hand):
+        if data is None or (isinstance(init, Mapping) and data.is_at_hand):
             self.write(init)
         else:
             data.begin(lambda: self.write(init), self.generator)

@@ -266,10 +266,10 @@ class Guarded:
         """Put the parameters after a step into the param store.
 
         Args:
-            step: The step.
+            step: The step, which has not put them there itself.
             was_public: Whether the store holds those before it, so that only what moved is written.
         """
-        if isinstance(step.after, SumsPoint) and not step.is_public:
+        if isinstance(step.after, SumsPoint):
             before = (
                 step.before.values if was_public and isinstance(step.before, SumsPoint) else None
             )

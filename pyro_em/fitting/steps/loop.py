@@ -74,14 +74,14 @@ def _is_over(em: Guarded, settings: Settings, run: EMRun) -> bool:
         if status is not None and em.program.may_stop(len(run.entering)):
             run.status = status
             return True
-        if crawls(path, settings.tol) and has_run_away(em, run, values_at(run.last)):
+        if crawls(path, settings.tol) and has_run_away(em.program, run, values_at(run.last)):
             return True
     return len(run.entering) >= settings.max_steps
 
 
-def has_run_away(em: Guarded, run: EMRun, values: Values) -> bool:
+def has_run_away(program: Program, run: EMRun, values: Values) -> bool:
     """Whether there is no maximum, by where the parameters have come; the run says so then."""
-    away = run_away(em.program.graph, run.initial_values, values)
+    away = run_away(program.graph, run.initial_values, values)
     if away:
         run.status, run.message = EMStatus.UNBOUNDED, away
     return bool(away)
@@ -107,7 +107,7 @@ def advance(
     held = run.held if last else None
     step = em.step(run.last, index, verify=is_due and verify, touched=touched, last=last, held=held)
     is_public = is_watched or is_due or last
-    if is_public:
+    if is_public and not step.is_public:
         em.publish(step, was_public=is_watched and run.recorded is step.before)
     run.take(step.before.objective, step.bound, step.after)
     if is_public or not isinstance(step.after, SumsPoint):

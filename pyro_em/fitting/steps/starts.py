@@ -102,7 +102,8 @@ def _set_out(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r
     if init is not None:
         run.initial_values = values_of(graph.parameters)
     try:
-        beginning.write_for_all(init)
+        if init is not None:
+            beginning.write_for_all(init)
         apply_floors(graph, program.updates)
         at = em.e_step()
     except (DegenerateError, DataError) as error:
@@ -162,8 +163,9 @@ def _proceed(em: Guarded, settings: Settings, run: EMRun, r: int) -> None:
         return
     if not is_right:
         iterate(em, settings, run, r)
+    program = em.program
     if run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING, EMStatus.MAX_STEPS):
-        has_run_away(em, run, run.values(em.program))
+        has_run_away(program, run, run.values(program))
     if not run.began_symmetric or run.last is None or run.status is EMStatus.INTERRUPTED:
         return
     # A prior, a constraint, a constant or a fixed parameter of one component may have parted them.

@@ -176,7 +176,7 @@ class Mixture(QuickBlock):
         """How many cells a row has in the table of a chunk."""
         return self.K
 
-    @property
+    @cached_property
     def K(self) -> int:
         """How many values the latents of a row have together."""
         return self.shape.size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pyro_em.distributions import is_real
@@ -53,17 +54,18 @@ class Appearances:
     weakest: str = ""
 
     @classmethod
-    def of(cls, graph: FactorGraph, name: str, together: bool) -> Appearances:
-        """That in a graph.
+    def of(cls, graph: FactorGraph, names: Sequence[str], together: bool) -> dict[str, Appearances]:
+        """Those of some parameters in a graph, by name.
 
         Args:
             graph: The graph.
-            name: The parameter.
+            names: The parameters.
             together: See there.
         """
-        found = cls(graph, name, together)
+        found = {name: cls(graph, name, together) for name in names}
         for g, group in enumerate(graph.groups):
-            found._take_group(g, group)
+            for own in found.values():
+                own._take_group(g, group)
         return found
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.updates.decisions.strongest import strongest_update
+from pyro_em.updates.decisions.strongest import strongest_updates
 from pyro_em.updates.decisions.together import (
     with_least_squares,
     with_met_ends,
@@ -48,9 +48,8 @@ def decide_updates(
         requested: The user's wishes by exact parameter name.
         default: The gradient update where there is no closed form; L-BFGS if None.
     """
-    exact = {name: strongest_update(graph, name) for name in graph.parameters}
     decided = {}
-    for name, strongest in exact.items():
+    for name, strongest in strongest_updates(graph, graph.parameters).items():
         wish = requested.get(name)
         if wish is None and default is not None and isinstance(strongest.update, Gradient):
             decided[name] = ParameterUpdate(name, default, strongest.reason)

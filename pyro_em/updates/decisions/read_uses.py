@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 
-from pyro_em.distributions import bounds, is_real
-from pyro_em.families.family import CHOLESKY, IDENTITY, LOG_SIMPLEX, Rule
+from pyro_em.families.family import LOG_SIMPLEX, Rule
 from pyro_em.families.form import Form
 from pyro_em.graph.bindings.binding import PRODUCT, Binding, Selection
 from pyro_em.graph.factors import FactorGraph
@@ -87,13 +84,6 @@ def map_of_events(selection: Selection, rule: Rule) -> str:
     return "an elementwise map of whole rows"
 
 
-def _link(use: Use) -> str:
-    """The link from the natural value of rows or matrices to the parameter, by name."""
-    if use.selection.of_matrices:
-        return CHOLESKY.name
-    return IDENTITY.name if use.selection.maps else use.rule.link.name
-
-
 def whole_events(selection: Selection, parameter: Tensor, form: Form) -> str:
     """Why a closed form cannot maximise over whole rows or matrices, or nothing: a selection may be one
     that earlier runs have shown.
@@ -124,46 +114,3 @@ def _not_one_to_one(index: Tensor, parameter: Tensor, form: Form) -> str:
     if not bool((offsets == expected).all()):
         return "its rows are not rows of the parameter"
     return ""
-
-
-def disagreement(uses: Sequence[Use]) -> str:
-    """Why no closed form serves all uses of a parameter at once, or nothing."""
-    first = uses[0]
-    for u in uses[1:]:
-        if u.rule.kind is not first.rule.kind:
-            return f"it is a {first.rule.kind.value} here and a {u.rule.kind.value} there"
-        if u.rule.link.name != first.rule.link.name:
-            return f"it is a {first.argument} here and a {u.argument} there"
-        if [m.name for m in u.selection.maps] != [m.name for m in first.selection.maps]:
-            return "different maps of it are used"
-    return ""
-
-
-def why_outside(use: Use, constraint: constraints.Constraint) -> str:
-    """Why a solution may leave the parameter's constraint, or nothing."""
-    if is_real(constraint):
-        return ""
-    if use.rule.kind.event_dim == 0:
-        return "" if bounds(constraint) else f"its constraint {constraint} is no interval"
-    if use.rule.kind.form.stays_in(constraint, _link(use)):
-        return ""
-    return f"its constraint {constraint} may exclude the solution"
-
-
-def shown_places(graph: FactorGraph, uses: Sequence[Use]) -> str:
-    """How a parameter is used, in a plan's words."""
-    selected: dict[str, None] = {}
-    out: dict[str, None] = {}
-    for use in uses:
-        group = graph.groups[use.group]
-        where = f"{group.distribution}.{use.argument}"
-        if use.is_multiple:
-            out[f"{where} is a known matrix times it"] = None
-        elif use.selection.of_matrices:
-            out[f"{where} is its product with its transpose"] = None
-        elif group.matrix and use.argument != "loc":
-            out[f"{group.distribution}.{group.matrix} has it on its diagonal"] = None
-        else:
-            selected[where] = None
-    first = [", ".join(selected) + " selects it"] if selected else []
-    return "; ".join([*first, *out])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+from torch.distributions import constraints
 
 from pyro_em.distributions import bounds, is_real, is_simplex
+from pyro_em.families.family import CHOLESKY, IDENTITY
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.closed_forms.met_ends import pair_at
 from pyro_em.updates.decisions.appearances import Appearances
 from pyro_em.updates.decisions.read_priors import why_not_conjugate
-from pyro_em.updates.decisions.read_uses import disagreement, shown_places, why_outside
 from pyro_em.updates.regressions.coefficient_priors import is_quadratic, is_smooth
 from pyro_em.updates.regressions.predictors import predictor_binding
 from pyro_em.updates.update import (
@@ -30,23 +32,37 @@ _PLAIN = ClosedForm()
 _NO_PRIOR = "its prior is not Normal with known numbers"
 
 
-def strongest_update(graph: FactorGraph, name: str, *, together: bool = True) -> ParameterUpdate:
-    """The strongest update of a parameter, with the reason; nothing is evaluated.
+def strongest_updates(
+    graph: FactorGraph, names: Collection[str], *, together: bool = True
+) -> dict[str, ParameterUpdate]:
+    """The strongest update of each parameter, with the reason; nothing is evaluated.
 
     Args:
         graph: The factor graph.
-        name: The parameter.
+        names: The parameters.
         together: Whether arguments in which several parameters meet may be solved for with all others
             of their density.
     """
+    found = {name: _without_a_look(graph, name) for name in names}
+    looked = Appearances.of(graph, [n for n, u in found.items() if u is None], together)
+    return {name: update or _strongest(looked[name]) for name, update in found.items()}
+
+
+def _without_a_look(graph: FactorGraph, name: str) -> ParameterUpdate | None:
+    """The update of a parameter that does not depend on what else reads it; None where it does."""
     if not graph.parameters[name].unconstrained.is_floating_point():
         return ParameterUpdate(name, Fixed(), "it holds integers")
     pair = pair_at(graph, name) if any(name in group.edges for group in graph.groups) else None
-    if pair is not None:
-        made = " and ".join(pair.params)
-        names = f"Uniform.low and Uniform.high are made of {made} (smallest and largest value)"
-        return ParameterUpdate(name, _PLAIN, names, block=pair.params, is_met_end=True)
-    found = Appearances.of(graph, name, together)
+    if pair is None:
+        return None
+    made = " and ".join(pair.params)
+    reason = f"Uniform.low and Uniform.high are made of {made} (smallest and largest value)"
+    return ParameterUpdate(name, _PLAIN, reason, block=pair.params, is_met_end=True)
+
+
+def _strongest(found: Appearances) -> ParameterUpdate:
+    """The strongest update of a parameter by where it stands."""
+    name = found.name
     if not found.is_used:
         return ParameterUpdate(name, Fixed(), "no factor depends on it")
     if found.weakest:
@@ -133,15 +149,15 @@ def _in_closed_form(found: Appearances, uses: Sequence[Use]) -> ParameterUpdate:
     problem = why_not_conjugate(graph, uses[0], priors) if priors else ""
     if problem:
         return ParameterUpdate(name, Gradient(), problem)
-    problem = disagreement(uses) if len(uses) > 1 else ""
+    problem = _disagreement(uses) if len(uses) > 1 else ""
     if problem:
         return ParameterUpdate(name, Gradient(), problem, priors=priors, is_mixed=True)
-    problem = why_outside(uses[0], graph.parameters[name].constraint)
+    problem = _why_outside(uses[0], graph.parameters[name].constraint)
     if problem:
         return ParameterUpdate(name, Gradient(), problem)
     kinds = {graph.groups[p.group].distribution for p in priors}
     with_prior = ", with a prior: " + ", ".join(sorted(kinds)) if kinds else ""
-    reason = f"{shown_places(graph, uses)} ({uses[0].rule.kind.value}){with_prior}"
+    reason = f"{_shown_places(graph, uses)} ({uses[0].rule.kind.value}){with_prior}"
     return ParameterUpdate(name, _PLAIN, reason, tuple(uses), priors=priors)
 
 
@@ -165,3 +181,53 @@ def _while(graph: FactorGraph, name: str) -> str:
     if not others:
         return ""
     return f" while {' and '.join(others)} {'has its value' if len(others) == 1 else 'have theirs'}"
+
+
+def _disagreement(uses: Sequence[Use]) -> str:
+    """Why no closed form serves all uses of a parameter at once, or nothing."""
+    first = uses[0]
+    for u in uses[1:]:
+        if u.rule.kind is not first.rule.kind:
+            return f"it is a {first.rule.kind.value} here and a {u.rule.kind.value} there"
+        if u.rule.link.name != first.rule.link.name:
+            return f"it is a {first.argument} here and a {u.argument} there"
+        if [m.name for m in u.selection.maps] != [m.name for m in first.selection.maps]:
+            return "different maps of it are used"
+    return ""
+
+
+def _why_outside(use: Use, constraint: constraints.Constraint) -> str:
+    """Why a solution may leave the parameter's constraint, or nothing."""
+    if is_real(constraint):
+        return ""
+    if use.rule.kind.event_dim == 0:
+        return "" if bounds(constraint) else f"its constraint {constraint} is no interval"
+    if use.rule.kind.form.stays_in(constraint, _link(use)):
+        return ""
+    return f"its constraint {constraint} may exclude the solution"
+
+
+def _link(use: Use) -> str:
+    """The link from the natural value of rows or matrices to the parameter, by name."""
+    if use.selection.of_matrices:
+        return CHOLESKY.name
+    return IDENTITY.name if use.selection.maps else use.rule.link.name
+
+
+def _shown_places(graph: FactorGraph, uses: Sequence[Use]) -> str:
+    """How a parameter is used, in a plan's words."""
+    selected: dict[str, None] = {}
+    out: dict[str, None] = {}
+    for use in uses:
+        group = graph.groups[use.group]
+        where = f"{group.distribution}.{use.argument}"
+        if use.is_multiple:
+            out[f"{where} is a known matrix times it"] = None
+        elif use.selection.of_matrices:
+            out[f"{where} is its product with its transpose"] = None
+        elif group.matrix and use.argument != "loc":
+            out[f"{group.distribution}.{group.matrix} has it on its diagonal"] = None
+        else:
+            selected[where] = None
+    first = [", ".join(selected) + " selects it"] if selected else []
+    return "; ".join([*first, *out])

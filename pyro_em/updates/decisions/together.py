@@ -11,7 +11,7 @@ from pyro_em.distributions import is_real
 from pyro_em.families.overdispersed import MANY
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.updates.decisions.appearances import is_joint
-from pyro_em.updates.decisions.strongest import strongest_update
+from pyro_em.updates.decisions.strongest import strongest_updates
 from pyro_em.updates.linear_cells.coordinates import Coordinates
 from pyro_em.updates.linear_cells.placed import cells_of, size_of
 from pyro_em.updates.regressions.predictors import predictors_of
@@ -38,6 +38,8 @@ def with_least_squares(
     """Blocks of least squares: coefficients that share a mean, and the means that stand beside them."""
     decided = dict(before)
     least_squares = {n for n, u in decided.items() if isinstance(u.update, LeastSquares)}
+    if not least_squares:
+        return decided
     # A mean that shares an argument with a regression coefficient is solved for with it.
     changed = True
     while changed:
@@ -67,6 +69,8 @@ def with_newton(
     """Blocks of Newton's method on data: coefficients that share a linear predictor."""
     decided = dict(before)
     curved = {n for n, u in decided.items() if isinstance(u.update, Newton) and not u.is_mixed}
+    if not curved:
+        return decided
     read = [set(predictor.params) for predictor in predictors_of(graph, [*curved])]
     for together in _joined(read, curved):
         for p in together:
@@ -105,7 +109,7 @@ def with_newton_on_sums(
                 continue
             for name in own:
                 out[name] = ParameterUpdate(name, default or Gradient(), why)
-                alone = strongest_update(graph, name, together=False)
+                alone = strongest_updates(graph, [name], together=False)[name]
                 if is_joint(group) and isinstance(alone.update, ClosedForm):
                     out[name] = alone
             changed = True
