@@ -192,7 +192,7 @@ class Leaving(StaysHere):
         try:
             with same_random_state():
                 structure, problems = look_at_given(
-                    at, self.args, self.kwargs, self.nesting, self.limit
+                    at, self.args, self.kwargs, self.nesting, self.limit, sparing=not routing.drawn
                 )
                 if problems:
                     return _Against(_all_of(names, problems[0]))

@@ -36,6 +36,7 @@ from pyro_em.plan.unrouted import Unrouted, are_of_routes, without_route
 from pyro_em.plan.unused import noting_unused_optimiser, without_unused_strategy
 from pyro_em.plan.weighted import draws_to_weight
 from pyro_em.portable import StaysHere
+from pyro_em.tracing.allocation import NumbersNeeded
 from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.missing import has_missing, missing_in
 from pyro_em.tracing.runs import Model
@@ -45,8 +46,10 @@ from pyro_em.variational.guide import (
     GuideLook,
     built_guide,
     given_a_name,
+    lacks_numbers,
     look_at_guide,
     needs_building,
+    takes_points,
 )
 from pyro_em.variational.pair import Pair, Routing, WithSubsamples
 
@@ -190,6 +193,31 @@ class Planner(StaysHere):
             look = look_at_guide(guide, args, kwargs, first_look=first)
             if look.subsamples:
                 model = WithSubsamples(model, look.subsamples)
+        # What is drawn is laid out in no other run: this one has all numbers, and validates them.
+        sparing = takes_points(self.request.guide) if look is None else look.only_points
+        bare = self._bare(model, args, kwargs, first, sparing)
+        if lacks_numbers(bare):
+            bare = self._bare(model, args, kwargs, False, sparing=False)
+        if look is None:
+            try:
+                look = self._look_at_built(bare, args, kwargs, first, sparing=bare.unchecked)
+            except NumbersNeeded:
+                look = self._look_at_built(bare, args, kwargs, first, sparing=False)
+        return bare, look
+
+    def _look_at_built(
+        self, bare: Structure, args: tuple, kwargs: dict[str, Any], first: bool, sparing: bool
+    ) -> GuideLook:
+        """A guide that is built of the model's skeleton, which is known from then on."""
+        guide = built_guide(self.request.guide, self.request.model, bare, sparing=sparing)
+        self.known = replace(self.known, guide=guide)
+        self.known = replace(self.known, name=given_a_name(guide))
+        return look_at_guide(guide, args, kwargs, first_look=first)
+
+    def _bare(
+        self, model: Model, args: tuple, kwargs: dict[str, Any], first: bool, sparing: bool
+    ) -> Structure:
+        """The skeleton of the model without its guide."""
         bare, problems = examine(
             model,
             args,
@@ -197,17 +225,12 @@ class Planner(StaysHere):
             max_plate_nesting=self.request.max_plate_nesting,
             first_look=first,
             guide_given=True,
+            sparing=sparing,
             max_enumeration=self.request.max_enumeration,
         )
         if problems:
             raise_findings(problems)
-        bare = replace(bare, looked=None)  # what sums the latents looks at the pair
-        if look is None:
-            guide = built_guide(self.request.guide, self.request.model, bare)
-            self.known = replace(self.known, guide=guide)
-            self.known = replace(self.known, name=given_a_name(guide))
-            look = look_at_guide(guide, args, kwargs, first_look=first)
-        return bare, look
+        return replace(bare, looked=None)  # what sums the latents looks at the pair
 
     def forget(self) -> tuple[str, ...]:
         """Forget a guide that was built here; returns the names of its parameters."""

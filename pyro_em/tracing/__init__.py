@@ -1,8 +1,9 @@
 """Running a model: everything that touches Pyro's or torch's internals lives here.
 
 * A run: `runs` makes it, plainly, with tagged latents (`provenance`, `mixing`, `tagged`), or with
-  latents enumerated; `handlers` and `lean` change what a run does, `allocation`, `sparing` and `tables`
-  what it may spend, `stored` is what it leaves in the param store, `sites` what was traced.
+  latents enumerated; `handlers` and `lean` change what a run does, `allocation`, `sparing`, `tables`
+  and `prototypes` (a run of an autoguide) what it may spend, `stored` is what it leaves in the param
+  store, `sites` what was traced.
 * Parameters: `capture` hands them out, `parameters` reads and writes their values, `memory` is whose
   they are, `scopes` keep those of several starts apart, `checkpoint`, `encoding` and `files` keep them
   in files.

@@ -124,7 +124,7 @@ class WatchingTrace(LeanTrace):
             require_distribution(msg["name"], fn)
             if type(fn).__name__ == "_Subsample" and fn.size == 0:
                 self.empty.append(msg["name"])
-        elif self.at_large is not None and _asks_for_many(msg):
+        elif self.at_large is not None and asks_for_many(msg):
             self.at_large(msg)
 
     def _postprocess_message(self, msg: Any) -> None:
@@ -297,7 +297,7 @@ class EnumTrace(LeanTrace, EnumMessenger):
             self._passed.add(kind)
 
 
-def _asks_for_many(msg: Any) -> bool:
+def asks_for_many(msg: Any) -> bool:
     """Whether many numbers are to be drawn at a site."""
     return not msg["done"] and msg["value"] is None and msg["fn"].shape().numel() >= _LARGE
 

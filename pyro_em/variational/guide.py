@@ -18,7 +18,7 @@ from pyro.infer import autoguide
 from pyro.infer.autoguide import AutoDelta, AutoDiscreteParallel, AutoGuide, AutoGuideList
 from pyro.poutine.guide import GuideMessenger
 
-from pyro_em.distributions import unwrap
+from pyro_em.distributions import has_finite_support, unwrap
 from pyro_em.errors import ModelError, PyroEMError, UsageError, message, raise_findings
 from pyro_em.graph.bindings.autograd import leaves_below
 from pyro_em.graph.findings.held_latents import coupled_latents
@@ -26,7 +26,9 @@ from pyro_em.graph.findings.initial import tell_of_starts
 from pyro_em.graph.findings.side_effects import Watched, refused_clearing, writing_problems
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.unregistered import Unregistered, unregistered
+from pyro_em.tracing.allocation import NumbersNeeded, is_shadow
 from pyro_em.tracing.parameters import TracedParameter, rename
+from pyro_em.tracing.prototypes import SparingOnce
 from pyro_em.tracing.runs import Model, Run, RunFailed, plain_run, provenance_run
 from pyro_em.tracing.sites import factors_in, frames_of, signature_of, subsamples_in, tensors_of
 from pyro_em.variational.amortized import AutoAmortizedCategorical
@@ -69,6 +71,11 @@ class GuideLook:
             if len(s["value"]) != s["fn"].size
         }
 
+    @property
+    def only_points(self) -> bool:
+        """Whether nothing is drawn from the guide."""
+        return self.points >= self.scopes.keys()
+
     @cached_property
     def sites(self) -> Mapping[str, dict[str, Any]]:
         """The guide's sites by name."""
@@ -104,13 +111,30 @@ def needs_building(guide: Any) -> bool:
     return needed in (["model"], ["m"])
 
 
-def built_guide(guide: Any, model: Model, structure: Structure | None) -> Any:
+def takes_points(guide: Any) -> bool:
+    """Whether what is built of a guide argument has point estimates alone."""
+    cls = guide.func if isinstance(guide, functools.partial) else guide
+    return isinstance(guide, str) or cls is AutoDelta
+
+
+def lacks_numbers(structure: Structure) -> bool:
+    """Whether a latent that a guide may cover was looked at without numbers."""
+    if not structure.unchecked:
+        return False
+    sites = (s for s in structure.unobserved.values() if not has_finite_support(s["fn"]))
+    return any(is_shadow(t) for s in sites for t in (s["value"], *tensors_of(s["fn"])))
+
+
+def built_guide(
+    guide: Any, model: Model, structure: Structure | None, *, sparing: bool = False
+) -> Any:
     """The guide that a user's ``guide`` argument stands for.
 
     Args:
         guide: A guide, ``"map"``, an autoguide class or a factory from a model to a guide.
         model: The user's model.
         structure: The model's structure; needed for classes and factories.
+        sparing: Whether its own run of the model is without numbers for large latents.
 
     Returns:
         A guide to be called with the model's arguments.
@@ -126,7 +150,8 @@ def built_guide(guide: Any, model: Model, structure: Structure | None) -> Any:
         *(n for n in structure.latents if structure.sites[n].is_discrete is not takes_discrete),
     ]
     try:
-        made = factory(poutine.block(model, hide=hidden))
+        seen = SparingOnce(model) if sparing else model
+        made = factory(poutine.block(seen, hide=hidden))
     except Exception as error:  # a user's code, or a class that needs more than a model
         raise UsageError(_factory_failed(guide, cls, error)) from error
     if not callable(made):
@@ -233,6 +258,7 @@ def look_at_guide(
 
     Raises:
         ModelError: If the guide raises.
+        NumbersNeeded: If it was built to run the model sparingly, and cannot.
     """
     if _has_no_forward(guide):  # a bare module: a guide without sites
         return GuideLook(Run({}, {}), {}, frozenset())
@@ -240,6 +266,8 @@ def look_at_guide(
     try:
         plain = plain_run(guide, args, kwargs, keep_random_state=not first_look)
     except RunFailed as failure:
+        if isinstance(failure.error, NumbersNeeded):
+            raise failure.error from None
         raise ModelError(_guide_failed(guide, failure.error)) from failure.error
     tell_of_starts(plain.parameters)
     if plain.cleared:

@@ -48,6 +48,8 @@ def look_at_given(
     kwargs: dict[str, Any],
     nesting: int | None,
     max_enumeration: int = 2**27,
+    *,
+    sparing: bool = False,
 ) -> tuple[Structure, list[Finding]]:
     """The skeleton of a pair with values for some continuous latents, and all findings.
 
@@ -57,6 +59,8 @@ def look_at_given(
         kwargs: Its keyword arguments.
         nesting: Number of plate dimensions, as the user gave it.
         max_enumeration: The budget in cells.
+        sparing: Whether large latents may be looked at without numbers; their arguments are then not
+            validated.
     """
     structure, problems = examine(
         at if at.gaussian or at.units else at.model,
@@ -65,6 +69,7 @@ def look_at_given(
         max_plate_nesting=nesting,
         first_look=False,
         guide_given=True,
+        sparing=sparing,
         max_enumeration=max_enumeration,
     )
     reading = {child for parent, child in structure.edges if parent in at.gaussian}
