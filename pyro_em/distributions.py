@@ -75,6 +75,11 @@ def unwrap(fn: Any) -> tuple[Any, int, list[tuple[Any, int]]]:
         fn = fn.base_dist
 
 
+def unwrap_all(fns: Iterable[Any]) -> list[tuple[Any, int, list[tuple[Any, int]]]]:
+    """What several distributions are without their wrappers (`unwrap`)."""
+    return [unwrap(fn) for fn in fns]
+
+
 def bases_of(fns: Iterable[Any]) -> list[Any]:
     """The base distributions of several (`unwrap`)."""
     return [unwrap(fn)[0] for fn in fns]

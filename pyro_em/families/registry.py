@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
 
-from pyro_em.distributions import unwrap
+from pyro_em.distributions import unwrap, unwrap_all
 from pyro_em.errors import UsageError, message
 from pyro_em.families import (
     clamped,
@@ -165,6 +165,34 @@ def given_arguments(fn: Any, family: Family) -> dict[str, torch.Tensor]:
 def given_arguments_of_all(fns: Iterable[Any], family: Family) -> list[dict[str, torch.Tensor]]:
     """The given arguments of several unwrapped distributions of one family (`given_arguments`)."""
     return [given_arguments(fn, family) for fn in fns]
+
+
+class Given(NamedTuple):
+    """What a distribution was given, apart from its wrappers.
+
+    Attributes:
+        base: It without its wrappers; see `pyro_em.distributions.unwrap`.
+        reinterpreted: How many batch dimensions of that are event dimensions.
+        masks: Of the wrappers.
+        family: Its family, or None.
+        arguments: Those that the user gave, of a family; see `given_arguments`.
+    """
+
+    base: Any
+    reinterpreted: int
+    masks: list[tuple[Any, int]]
+    family: Family | None
+    arguments: dict[str, torch.Tensor]
+
+
+def given_by_all(fns: Iterable[Any]) -> list[Given]:
+    """What several distributions were given."""
+    found = []
+    for base, reinterpreted, masks in unwrap_all(fns):
+        family = REGISTRY.get(type(base))
+        arguments = {} if family is None else given_arguments(base, family)
+        found.append(Given(base, reinterpreted, masks, family, arguments))
+    return found
 
 
 def spread_arguments(fn: Any) -> dict[str, torch.Tensor]:

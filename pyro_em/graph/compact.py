@@ -9,12 +9,30 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from pyro_em.errors import Finding
 from pyro_em.expanded import once_each
 from pyro_em.graph.forms import equal_to_first
+from pyro_em.graph.structure import Structure
 
 
 class Stray(Exception):
     """A dimension that belongs to no plate and no latent; holds the tensor's shape and its size."""
+
+
+def stray_finding(name: str, structure: Structure, shape: tuple[int, ...], size: int) -> Finding:
+    """The finding on a site with such a dimension."""
+    return Finding(
+        f"site '{name}'",
+        f"with latents enumerated, one of its tensors has shape {shape}; its dimension "
+        f"of size {size} belongs to no plate and no latent of the site.",
+        "an enumerated value has its own dimension on the left of all plates",
+        (
+            "align other tensors with the plates on the right: avoid unsqueeze(-1) and "
+            "reshape on a latent's value",
+            "wrap the site in a pyro.plate, or use .to_event",
+        ),
+        latents=tuple(n for n in structure.sites[name].scope if n in structure.latents),
+    )
 
 
 def compact(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_em.distributions import element_mask, has_finite_support, is_outside, unwrap
 from pyro_em.errors import Finding
-from pyro_em.families.registry import REGISTRY, given_arguments, stated_arguments
+from pyro_em.families.registry import Given, given_by_all, stated_arguments
 from pyro_em.graph.checks import read_from_outside
 from pyro_em.tracing.feasible import without_masked_nonsense
 from pyro_em.tracing.randomness import seeded
@@ -268,15 +268,18 @@ def counted_cells(site: Mapping[str, Any]) -> Tensor | None:
 
 def parts_of(site: Mapping[str, Any]) -> list[tuple[str, Tensor, int]]:
     """What the density of a site is made of: (name, tensor, its rightmost event dimensions)."""
+    return _parts(site, given_by_all([site["fn"]])[0])
+
+
+def _parts(site: Mapping[str, Any], given: Given) -> list[tuple[str, Tensor, int]]:
     fn, value = site["fn"], site["value"]
-    base, reinterpreted, wrapping = unwrap(fn)
-    family = REGISTRY.get(type(base))
+    base, reinterpreted, wrapping, family, arguments = given
     is_masked = site["mask"] is not None or bool(wrapping)
     mask = element_mask(fn, site["mask"]) if is_masked else None
     stated = None if family is not None else stated_arguments(base)
     out: list[tuple[str, Tensor, int]] = []
     if family is not None:
-        for name, tensor in given_arguments(base, family).items():
+        for name, tensor in arguments.items():
             event_dim = reinterpreted + family.argument_dims.get(name, 0)
             out.append((f"argument '{name}'", tensor, event_dim))
     elif stated is not None:
@@ -316,7 +319,8 @@ def parts_of_both(
     a: Mapping[str, Any], b: Mapping[str, Any]
 ) -> list[tuple[str, Tensor, Tensor, int]]:
     """What the densities of two sites are made of, side by side; see `parts_of`."""
-    sides = zip(parts_of(a), parts_of(b), strict=False)
+    of_a, of_b = given_by_all([a["fn"], b["fn"]])
+    sides = zip(_parts(a, of_a), _parts(b, of_b), strict=False)
     return [(what, x, y, event_dim) for (what, x, event_dim), (_, y, _) in sides]
 
 

@@ -8,7 +8,7 @@ and updated by one call.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from typing import Any, Protocol
@@ -410,10 +410,9 @@ class FactorGraph:
                 return group, group.members.index(site)
         return self._places[site]
 
-    def thin_group_of(self, site: str) -> tuple[Group, int]:
-        """The `thin` group that holds a site, and the site's place in it."""
-        group, place = self.group_of(site)
-        return group.thin(), place
+    def thin_groups_of(self, sites: Iterable[str]) -> list[tuple[Group, int]]:
+        """For each of some sites the `thin` group that holds it, and the site's place in it."""
+        return [(group.thin(), place) for group, place in map(self.group_of, sites)]
 
     @property
     def _whole(self) -> list[Group]:

@@ -15,8 +15,9 @@ from pyro_em.errors import Finding, raise_findings
 from pyro_em.families.family import Family
 from pyro_em.families.registry import (
     REGISTRY,
-    given_arguments,
+    Given,
     given_arguments_of_all,
+    given_by_all,
     spread_arguments,
 )
 from pyro_em.graph.bindings.autograd import bind, known_below, parameters_below
@@ -31,6 +32,7 @@ from pyro_em.graph.compact import (
     laid_out,
     once_along_rows,
     recipe_for,
+    stray_finding,
 )
 from pyro_em.graph.factors import Latent
 from pyro_em.graph.forms import FEW, equal_to_first, in_forms
@@ -175,13 +177,14 @@ class FactorLayout:
                     continue  # named below
                 out += found
                 alone -= set(own) - set(rest)
-        for name in names:
-            if name not in alone:
-                continue
+        left = [name for name in names if name in alone]
+        for name, given in zip(
+            left, given_by_all([self.sites[n]["fn"] for n in left]), strict=True
+        ):
             try:
-                out.append(self.factor(name, leaves))
+                out.append(self._factor(name, leaves, given))
             except Stray as stray:
-                self.problems.append(_stray(name, self.structure, *stray.args))
+                self.problems.append(stray_finding(name, self.structure, *stray.args))
         if self.problems:
             raise_findings(self.problems)
         return out
@@ -270,11 +273,13 @@ class FactorLayout:
 
     def factor(self, name: str, leaves: Mapping[str, Tensor] | None) -> Factor:
         """A site's factor; ``leaves`` are the parameters to which its arguments are bound."""
+        return self._factor(name, leaves, given_by_all([self.sites[name]["fn"]])[0])
+
+    def _factor(self, name: str, leaves: Mapping[str, Tensor] | None, given: Given) -> Factor:
         site, info = self.sites[name], self.structure.sites[name]
         fn, value = site["fn"], site["value"]
         scope, dims, sizes = self.place(name)
-        base, reinterpreted, wrapping = unwrap(fn)
-        family = REGISTRY.get(type(base))
+        base, reinterpreted, wrapping, family, traced = given
         is_masked = site["mask"] is not None or bool(wrapping)
         mask, elements = self._masks(site, dims) if is_masked else (None, None)
         if mask is not None and not info.observed and mask.shape[len(info.plates) :].numel() != 1:
@@ -293,11 +298,11 @@ class FactorLayout:
             value = without_masked_nonsense(fn, value, element_mask(fn, site["mask"]))
         if name.removesuffix("_observed") in self.structure.masked_pairs:
             value = value.clone()  # a posterior shows it when it is asked
-        given: dict[str, Tensor] = {}
-        if family is not None:
-            given = {a: self._read(t, family, a) for a, t in given_arguments(base, family).items()}
-        dims_of = {} if family is None else family.argument_dims
-        asked = [(t, reinterpreted + dims_of.get(a, 0), reinterpreted) for a, t in given.items()]
+        event_of = {} if family is None else family.argument_dims
+        asked = [
+            (self._read(t, event_of.get(a, 0)), reinterpreted + event_of.get(a, 0), reinterpreted)
+            for a, t in traced.items()
+        ]
         (compact_value, _), *placed = laid_out([(value, fn.event_dim, 0), *asked], dims)
         arguments: dict[str, Tensor] = {}
         bindings: dict[str, Binding] = {}
@@ -322,8 +327,8 @@ class FactorLayout:
                 raw_params = parameters_below(raw, leaves)
         else:
             may_meet = info.role is Role.DATA and name not in self.structure.lines
-            compact_value = _typed(compact_value, given, family)
-            for arg, (tensor, event, _), (laid, recipe) in zip(given, asked, placed, strict=True):
+            compact_value = _typed(compact_value, traced, family)
+            for arg, (tensor, event, _), (laid, recipe) in zip(traced, asked, placed, strict=True):
                 kept = laid
                 if kept.dtype != compact_value.dtype and compact_value.is_floating_point():
                     kept = kept.to(compact_value.dtype)
@@ -362,12 +367,12 @@ class FactorLayout:
             self._edges(base, leaves) if info.role is Role.DATA and leaves else (),
         )
 
-    def _read(self, tensor: Tensor, family: Family, argument: str) -> Tensor:
+    def _read(self, tensor: Tensor, event_dim: int) -> Tensor:
         """A traced argument as it is read: without its graph or its copies, where nobody asks."""
         tensor = tensor.detach() if self.detached else tensor
         if tensor.numel() <= _LARGE:
             return tensor
-        return once_along_rows(tensor, family.argument_dims.get(argument, 0))
+        return once_along_rows(tensor, event_dim)
 
     @staticmethod
     def _edges(base: Any, leaves: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -419,21 +424,6 @@ class FactorLayout:
         if elements is not None:
             elements = compact(elements, unwrap(site["fn"])[1], dims)
         return mask, elements
-
-
-def _stray(name: str, structure: Structure, shape: tuple[int, ...], size: int) -> Finding:
-    return Finding(
-        f"site '{name}'",
-        f"with latents enumerated, one of its tensors has shape {shape}; its dimension "
-        f"of size {size} belongs to no plate and no latent of the site.",
-        "an enumerated value has its own dimension on the left of all plates",
-        (
-            "align other tensors with the plates on the right: avoid unsqueeze(-1) and "
-            "reshape on a latent's value",
-            "wrap the site in a pyro.plate, or use .to_event",
-        ),
-        latents=tuple(n for n in structure.sites[name].scope if n in structure.latents),
-    )
 
 
 def _typed(value: Tensor, arguments: Mapping[str, Tensor], family: Family) -> Tensor:

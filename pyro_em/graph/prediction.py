@@ -34,11 +34,12 @@ def disagreements(
             was made: their means, and the latents' values, are not compared.
     """
     found = []
-    for g, group in enumerate(graph.groups):
+    places = fresh.thin_groups_of([group.members[0] for group in graph.groups])
+    for g, (group, place) in enumerate(zip(graph.groups, places, strict=True)):
         apart = _moved(group) if g in moved else frozenset[str]()
         still = _unmoved(group) if exactly else frozenset[str]()
         thin, arguments, at = group.thin_at(values)
-        if _agrees(thin, _as_given(thin, arguments), at, fresh, still, apart):
+        if _agrees(thin, _as_given(thin, arguments), at, place, still, apart):
             continue
         arguments, at = group.evaluated(values)
         for i, site in enumerate(group.members):
@@ -78,12 +79,15 @@ def _agrees(
     group: Group,
     arguments: Mapping[str, Tensor],
     value: Tensor,
-    fresh: FactorGraph,
+    place: tuple[Group, int],
     exact: frozenset[str],
     apart: frozenset[str],
 ) -> bool:
-    """Whether all members are traced as predicted; False where it takes a look at each of them."""
-    other, first = fresh.thin_group_of(group.members[0])
+    """Whether all members are traced as predicted; False where it takes a look at each of them.
+
+    ``place`` is the group of the fresh trace that holds the first of them, and where.
+    """
+    other, first = place
     own = slice(first, first + len(group.members))
     if other.members[own] != group.members or group.raw is not None or other.raw is not None:
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,6 +75,11 @@ def form_of_binding(binding: Binding) -> tuple[Any, ...]:
     )
     kind = (binding.how, binding.normalise, binding.link, binding.logs, binding.expression)
     return (*kind, binding.params, parts, tuple(binding.pairs or ()))
+
+
+def forms_of_bindings(groups: Iterable[Group]) -> list[Any]:
+    """How parameters reach the arguments of each group, without the numbers."""
+    return [(g.members, [(a, form_of_binding(b)) for a, b in g.bindings.items()]) for g in groups]
 
 
 @dataclass(frozen=True, eq=False)

@@ -92,7 +92,7 @@ def _built(
         return other
     looked, structure = folded(structure.looked), without_sites(structure)
     names = names_of(task.model, task.args, task.kwargs)
-    log = task.log(names)
+    log = task.log(names, own=True)
     try:
         if structure.unchecked:
             check_arguments(task.model, task.args, task.kwargs, structure, task.limit)

@@ -73,7 +73,7 @@ def _conjugating(
     looked = folded(structure.looked)
     notes = tuple(dict.fromkeys((*bare.notes, *structure.notes)))
     structure = replace(structure, looked=None, edges=bare.edges, notes=notes)
-    log = task.log(names_of(task.model, task.args, task.kwargs))
+    log = task.log(names_of(task.model, task.args, task.kwargs), own=True)
     graph = traced(given, structure, log, looked)
     looked, log.sites = None, {}
     graph = found.integrated(graph, task.max_enumeration)

@@ -62,8 +62,9 @@ def examined(
     n_latent = sum(p.where.startswith("site") and "latent" in p.what for p in problems)
     too_dear: ContractionPlan | None = None
     try:
-        cost = contraction_from_structure(structure.sketch)
-        found = budget_problems(structure.sketch, cost, task.max_enumeration)
+        sketch = structure.sketch
+        cost = contraction_from_structure(sketch)
+        found = budget_problems(sketch, cost, task.max_enumeration)
         too_dear = cost if found else None
     except ModelError as error:
         found = [] if problems else list(error.problems)

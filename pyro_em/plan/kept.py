@@ -47,6 +47,7 @@ from pyro_em.graph.conjugate_children.conjugate_record import NotConjugate
 from pyro_em.graph.findings.initial import tell_of_starts
 from pyro_em.graph.findings.readable import refuse_inference_mode
 from pyro_em.graph.gaussian_lines.lines import NotLinear
+from pyro_em.graph.stacking import forms_of_bindings
 from pyro_em.graph.structure import form_of
 from pyro_em.plan.first_values import (
     NotBegun,
@@ -54,7 +55,7 @@ from pyro_em.plan.first_values import (
     undone_on_failure,
     with_first_values,
 )
-from pyro_em.plan.kept_reading import Kept, bindings_of
+from pyro_em.plan.kept_reading import Kept
 from pyro_em.plan.program import Program
 from pyro_em.plan.read_again import doing_the_same, is_on_the_same_data, on_other_data, shown
 from pyro_em.plan.task import Task
@@ -185,7 +186,7 @@ class Readings(StaysHere):
     def _noted(self, task: Task, kept: Kept, program: Program) -> Program:
         """The program, after it and what a later run has found are remembered."""
         if not (task.look_only or program.is_known):  # whose bindings are those that are kept
-            bindings = bindings_of(program.graph) if program.compiled else None
+            bindings = forms_of_bindings(program.graph.groups) if program.compiled else None
             kept = replace(kept, bindings=bindings)
         self._of(task.model)[_form(task)] = kept
         self._keep_program(program)

@@ -16,7 +16,7 @@ from pyro_em.graph.findings.possible import finds_all
 from pyro_em.graph.gaussian_lines.kept_lines import may_be_kept
 from pyro_em.graph.gaussian_lines.lines import Line
 from pyro_em.graph.laid_out import LaidOut
-from pyro_em.graph.stacking import form_of_binding
+from pyro_em.graph.stacking import forms_of_bindings
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.program import Program
 from pyro_em.plan.task import Noting, Task
@@ -97,7 +97,7 @@ class Kept:
             before: What was known of the same form.
         """
         numbers = numbers_in(names_of(task.model, task.args, task.kwargs))
-        bindings = bindings_of(program.graph) if program.compiled else None
+        bindings = forms_of_bindings(program.graph.groups) if program.compiled else None
         lines = program.lines if may_be_kept(program.lines) else {}
         if program.look_only and before is not None and before.operations == program.operations:
             bindings, lines = before.bindings, before.lines
@@ -174,10 +174,3 @@ def _zeros(form: _FormOfValue) -> Tensor:
 def members_of(graph: FactorGraph) -> tuple[tuple[str, ...], ...]:
     """The sites of each group."""
     return tuple(tuple(g.members) for g in graph.groups)
-
-
-def bindings_of(graph: FactorGraph) -> list[Any]:
-    """How parameters reach the arguments, without the numbers."""
-    return [
-        (g.members, [(a, form_of_binding(b)) for a, b in g.bindings.items()]) for g in graph.groups
-    ]

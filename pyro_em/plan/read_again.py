@@ -14,13 +14,14 @@ from pyro_em.graph.gaussian_lines.read_lines import differing_lines
 from pyro_em.graph.laid_out import LaidOut
 from pyro_em.graph.many_rows.slices import Slices
 from pyro_em.graph.prediction import disagreements
+from pyro_em.graph.stacking import forms_of_bindings
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.building import rebuildable
 from pyro_em.plan.conjugates import Conjugates
 from pyro_em.plan.continuous import on_conjugates, with_lines, with_routes
 from pyro_em.plan.decisions import decided
 from pyro_em.plan.first_values import begun
-from pyro_em.plan.kept_reading import Kept, LaidProgram, NotShown, bindings_of, members_of
+from pyro_em.plan.kept_reading import Kept, LaidProgram, NotShown, members_of
 from pyro_em.plan.program import Program
 from pyro_em.plan.task import Task, run_of, traced
 from pyro_em.plan.verification import verified
@@ -154,7 +155,7 @@ def on_other_data(
         program = on_conjugates(program, found, kept.bare)
     if task.look_only:
         return known, program
-    if kept.bindings is not None and kept.bindings == bindings_of(graph):
+    if kept.bindings is not None and kept.bindings == forms_of_bindings(graph.groups):
         return known, replace(program, compiled=graph.is_static, is_known=True)
     return known, verified(program)
 

@@ -151,7 +151,7 @@ class TaggingTrace(LeanTrace):
 
     def _process_message(self, msg: Any) -> None:
         super()._process_message(msg)
-        if msg["name"] in self.values and not msg["done"] and is_latent(msg):
+        if msg["name"] in self.values and not (msg["done"] or msg["is_observed"]):
             msg["value"] = self.values[msg["name"]]
 
     def _postprocess_message(self, msg: Any) -> None:
