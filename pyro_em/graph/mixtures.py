@@ -20,7 +20,8 @@ import torch
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 
-from pyro_em.distributions import broadcast_shape, element_mask, unexpanded, unwrap
+from pyro_em.distributions import broadcast_shape, element_mask, unwrap
+from pyro_em.expanded import before_expansion
 from pyro_em.families.registry import family_of, given_arguments
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.handlers import SampleMessenger
@@ -155,14 +156,14 @@ def components_of_mixture(base: Any) -> Components | None:
             continue
         event = reinterpreted + family.argument_dims.get(name, 0)
         if argument.dim() > event:
-            given[name] = unexpanded(argument), event
+            given[name] = before_expansion(argument), event
         elif argument.dim() == 0:
             constants[name] = argument
         else:
             return None
     # A mixture computes logits at once, and an expansion takes them for what was given.
     probs = "probs" in vars(mixing)
-    weights = unexpanded(mixing.probs if probs else mixing.logits)
+    weights = before_expansion(mixing.probs if probs else mixing.logits)
     if weights.shape[-1] != base._num_component:  # equal weights, which were expanded
         weights = weights.expand(*weights.shape[:-1], base._num_component)
     which = {"probs" if probs else "logits": weights}

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import Chunks, ExactPosteriorEM, Hard, vectorized_markov
-from pyro_em.graph.mixtures import component_name, is_component
+from pyro_em.graph.mixtures import component_name, components_of_mixture, is_component
+from tests.tracing.test_sparing import Largest
 
 _DRAWN = torch.Generator().manual_seed(3)
 SIGN = torch.tensor([-2.0, 2.0], dtype=torch.float64).repeat(15)
@@ -195,3 +196,15 @@ def test_a_mixture_is_read_by_its_components_at_once(monkeypatch: pytest.MonkeyP
 
     plan = ExactPosteriorEM(plain).plan(X, False)
     assert plan.kernel == "mixture" and read == 0
+
+
+def test_derivatives_of_a_mixture_of_many_rows_have_no_cells_of_rows() -> None:
+    """A plate expands the mixture: what is read of it is of the size of its parameters."""
+    p, mu, sigma = (torch.ones(3).double().requires_grad_() for _ in range(3))
+    fn = dist.MixtureSameFamily(dist.Categorical(p), dist.Normal(mu, sigma))
+    parts = components_of_mixture(fn.expand([1000]))
+    assert parts is not None
+    loc, scale = (parts.arguments[name][0] for name in ("loc", "scale"))
+    with Largest() as made:
+        own = torch.autograd.grad((loc * scale).sum() + parts.weights.logits.sum(), (p, mu, sigma))
+    assert made.bytes <= 8 * 3 and all(g.shape == (3,) for g in own)
