@@ -10,7 +10,7 @@ A group of factors is evaluated in one of these ways, the first that fits (`layo
     components   arguments that differ between components only: `gaussian` (its own M-step `components`,
                  of few numbers `small_components`), also with missing entries by
                  their patterns (`incomplete`) or feature by feature (`masked`), `counts`, `student`,
-                 `weibull`, other exponential families (`exponential`)
+                 `student_vectors`, `weibull`, other exponential families (`exponential`)
     others       the family's own density and statistics (`theta`)
 
 `theta` holds the parameters of all of them, in the form in which an E-step reads them. A conjugate

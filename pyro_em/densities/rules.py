@@ -7,6 +7,7 @@ from pyro_em.densities.density import PreparedRows
 from pyro_em.densities.exponential import as_exponential
 from pyro_em.densities.gaussian import as_gaussian
 from pyro_em.densities.student import StudentRows
+from pyro_em.densities.student_vectors import as_student_vectors
 from pyro_em.densities.weibull import WeibullRows
 from pyro_em.densities.with_missing import as_incomplete
 from pyro_em.graph.all_data import AllData
@@ -26,6 +27,7 @@ def rule_of(group: Group, K: int, all_data: AllData | None = None) -> PreparedRo
         or as_incomplete(group, K, all_data)
         or as_counts(group, K, all_data)
         or StudentRows.of(group, K)
+        or as_student_vectors(group, K, all_data)
         or WeibullRows.of(group, K)
         or as_exponential(group, K)
     )

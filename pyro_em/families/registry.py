@@ -28,6 +28,7 @@ from pyro_em.families import (
     overdispersed,
     rates,
     student,
+    student_vectors,
     uniform,
     weibull,
     wishart,
@@ -44,6 +45,7 @@ REGISTRY: dict[type, Family] = {
         overdispersed,
         compound,
         student,
+        student_vectors,
         one_sided,
         normal,
         missing,
@@ -139,6 +141,10 @@ def given_arguments(fn: Any, family: Family) -> dict[str, torch.Tensor]:
         gate = "gate" if "gate" in vars(fn) else "gate_logits"
         inner = given_arguments(fn.base_dist, REGISTRY[type(fn.base_dist)])
         return {**inner, gate: getattr(fn, gate)}
+    if isinstance(fn, dist.MultivariateStudentT):  # as a lazy property the matrix would be held
+        tril = fn._unbroadcasted_scale_tril
+        tril = tril.expand(*fn.batch_shape, *tril.shape[-2:])
+        return {"df": fn.df, "loc": fn.loc, "scale_tril": tril}
     if isinstance(fn, torch.distributions.LogNormal):
         return {"loc": fn.base_dist.loc, "scale": fn.base_dist.scale}
     if isinstance(fn, torch.distributions.Chi2):  # its own ``df`` would be made for every row

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -118,6 +119,9 @@ class SiteAsGroup:
             and not isinstance(scale, Tensor)
             and not any(b.params for b in group.bindings.values())
             and all(isinstance(held.get(a), Tensor) for a in given)
+            and not isinstance(
+                base, dist.MultivariateStudentT
+            )  # holds its matrix once it was asked
             and all(t.numel() <= _MOST for t in (site["value"], *(held[a] for a in given)))
             and "_markov_scope" not in site["infer"]
         )

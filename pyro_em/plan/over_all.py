@@ -188,7 +188,12 @@ def _data_of(graph: FactorGraph) -> list[tuple[str, Tensor]]:
     return out
 
 
-_CENTRED = ("Normal", "MultivariateNormal", "IncompleteMultivariateNormal")
+_CENTRED = (
+    "Normal",
+    "MultivariateNormal",
+    "IncompleteMultivariateNormal",
+    "MultivariateStudentT",
+)
 
 
 def _rows(group: Group) -> Tensor:

@@ -98,6 +98,10 @@ CASES = {
         dist.StudentT,
         {"df": torch.tensor([1.5, 9.0]), "loc": torch.tensor([0.0, 5.0]), "scale": H},
     ),
+    "MultivariateStudentT": (
+        dist.MultivariateStudentT,
+        {"df": torch.tensor([1.5, 9.0]), "loc": LOC, "scale_tril": torch.linalg.cholesky(COV)},
+    ),
     "Weibull": (
         dist.Weibull,
         {"scale": torch.tensor([0.5, 20.0]), "concentration": torch.tensor([0.8, 6.0])},

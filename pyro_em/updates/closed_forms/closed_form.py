@@ -146,7 +146,7 @@ class Solver:
         """Σ w x / Σ w where each cell has its own mean: the precisions cancel."""
         (use,) = self.update.uses
         s = statistics[use.group]
-        weight = s["weight"].unsqueeze(-1)
+        weight = s.get("precision", s["weight"]).unsqueeze(-1)
         if tuple(weight.shape[:-1]) != self.cells or use.selection.maps:
             return None
         mean = s["reference:loc"] + s["deviation"] / weight

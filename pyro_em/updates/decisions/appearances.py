@@ -173,6 +173,9 @@ def is_joint(group: Group) -> bool:
     if group.family is None or group.family.joint_form is None or group.lines:
         return False
     hows = {b.how for b in group.bindings.values()}
+    apart = [a for a in group.bindings if a not in group.family.joint_form.arguments]
+    if any(group.bindings[a].how == "composite" for a in apart):
+        return False
     return "composite" in hows and hows <= {"constant", "selection", "composite"}
 
 

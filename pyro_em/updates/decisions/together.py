@@ -133,12 +133,16 @@ def _no_joint_steps(group: Group, decided: Mapping[str, ParameterUpdate]) -> str
     form = group.family.joint_form
     if form.of_counts and form.largest(group.value, group.arguments) > MANY:
         return f"counts above {MANY:,} are no table in {where}"
+    apart = {n for a, b in group.bindings.items() if a not in form.arguments for n in b.params}
+    apart -= {n for a in form.arguments if a in group.bindings for n in group.bindings[a].params}
     for name in group.params:
-        if not isinstance(decided[name].update, NewtonOnSums | Fixed):
+        if name not in apart and not isinstance(decided[name].update, NewtonOnSums | Fixed):
             return f"'{name}' has another update in {where}"
     for argument, binding in group.bindings.items():
         if not binding.is_static:
             return f"{argument} is opaque in {where}"
+        if argument not in form.arguments:  # the form has a term of its own for it
+            continue
         known = [s.factor for s in binding.selections if s.factor is not None]
         known += binding.known
         if is_joint(group) and not all(s.is_whole for s in binding.selections):

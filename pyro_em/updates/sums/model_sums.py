@@ -48,7 +48,7 @@ class PlainSums:
         if "deviation" not in s:
             return PlainSums(s, references)
         step = references["loc"] - self.references["loc"]
-        first, second, weight = s["deviation"], s["square"], s["weight"]
+        first, second, weight = s["deviation"], s["square"], s.get("precision", s["weight"])
         if second.dim() > first.dim():
             each = weight[..., None, None]
             cross = first.unsqueeze(-1) * step.unsqueeze(-2)
