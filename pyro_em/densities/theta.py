@@ -157,7 +157,8 @@ class Theta:
         for g, rule in self.normals.items():
             if g not in prepared:
                 prepared[g] = cast(PreparedRows, rule).prepare(arguments[g])
-        return At(natural, components, rest, arguments, prepared, self.prior.of_rest(rest))
+        log_prior = self.prior.of_rest(rest) if self.prior.rest else 0.0
+        return At(natural, components, rest, arguments, prepared, log_prior)
 
     @torch.no_grad()
     def values(self, at: At) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,6 +101,18 @@ class Kernel:
         """What makes the steps, in words: ``mixture kernel``, ``mixture kernel and contraction``."""
         names = dict.fromkeys(k.name for k in self.each or (self,))
         return " and ".join(n if n == CONTRACTION else f"{n} kernel" for n in names)
+
+    def in_plan(self, users: Mapping[str, str]) -> dict[str, Any]:
+        """What a plan says of it.
+
+        Args:
+            users: The user's names of latents that have others here.
+        """
+        return {
+            "kernel": self.names,
+            "kernel_reason": self.reasons,
+            "iterations": self.in_words(users),
+        }
 
     def in_words(self, users: Mapping[str, str] | None = None) -> str:
         """What the plan says of an iteration: components that step alike together.

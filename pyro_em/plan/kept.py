@@ -115,7 +115,8 @@ class Readings(StaysHere):
             first_look: Whether this is the first look of an object, whose plain run may advance the
                 random state, as Pyro's first run does.
         """
-        kept = self._of(task.model).get(_form(task))
+        form, readings = _form(task), self._of(task.model)
+        kept = readings.get(form)
         if kept is None or kept.structure.by_numbers:
             return None
         if kept.bare is not None and task.strategy is not None:  # which is refused by name
@@ -127,7 +128,7 @@ class Readings(StaysHere):
         try:
             refuse_inference_mode(task.args, task.kwargs)
             if first_look or not is_stored(kept.structure.parameters):
-                program = self._begun_enumerated(task, kept, names, first_look)
+                program = self._begun_enumerated(task, kept, form, names, first_look)
                 if program is not None:
                     return program
                 begun = with_first_values(
@@ -140,7 +141,7 @@ class Readings(StaysHere):
                 if begun is None:
                     return None
                 kept, latest = replace(kept, structure=begun), None
-                self._of(task.model)[_form(task)] = kept
+                readings[form] = kept
             if latest is not None and is_on_the_same_data(latest, kept, task):
                 # What is read is known: only the graph is wanted, without its bindings.
                 again = replace(task, look_only=True)
@@ -152,15 +153,15 @@ class Readings(StaysHere):
                 known = shown(kept, same)
                 if known is None:
                     return None
-                self._of(task.model)[_form(task)] = known
+                readings[form] = known
                 return replace(latest, is_known=True)
             found = shown(kept, lambda k: on_other_data(task, k, task.log(names, True, k.noting)))
         except (PyroEMError, NotVectorized, NotLinear, NotSeparate, NotConjugate):
             return None  # reading it anew says what is wrong
-        return None if found is None else self._noted(task, *found)
+        return None if found is None else self._noted(task, form, *found)
 
     def _begun_enumerated(
-        self, task: Task, kept: Kept, names: Mapping[str, Any], first_look: bool
+        self, task: Task, kept: Kept, form: Hashable, names: Mapping[str, Any], first_look: bool
     ) -> Program | None:
         """The program from the one run in which parameters get their first values; None otherwise."""
         if not kept.is_held or kept.kernels:
@@ -181,14 +182,14 @@ class Readings(StaysHere):
         except (PyroEMError, NotBegun):
             return None  # a plain run says what is wrong, or begins otherwise
         tell_of_starts(program.graph.parameters)
-        return self._noted(task, replace(kept, structure=program.structure), program)
+        return self._noted(task, form, replace(kept, structure=program.structure), program)
 
-    def _noted(self, task: Task, kept: Kept, program: Program) -> Program:
+    def _noted(self, task: Task, form: Hashable, kept: Kept, program: Program) -> Program:
         """The program, after it and what a later run has found are remembered."""
         if not (task.look_only or program.is_known):  # whose bindings are those that are kept
             bindings = forms_of_bindings(program.graph.groups) if program.compiled else None
             kept = replace(kept, bindings=bindings)
-        self._of(task.model)[_form(task)] = kept
+        self._of(task.model)[form] = kept
         self._keep_program(program)
         return program
 

@@ -33,7 +33,7 @@ from pyro_em.plan.routes import Route, matching, routes_of, routes_with_guide
 from pyro_em.plan.routing import decide_routes, reduced
 from pyro_em.plan.task import Task
 from pyro_em.plan.unrouted import Unrouted, are_of_routes, without_route
-from pyro_em.plan.unused import noting_unused_optimiser, without_unused_strategy
+from pyro_em.plan.unused import noting_unused, without_unused_strategy
 from pyro_em.plan.weighted import draws_to_weight
 from pyro_em.portable import StaysHere
 from pyro_em.tracing.allocation import NumbersNeeded
@@ -124,7 +124,7 @@ class Planner(StaysHere):
             if isinstance(program, Unrouted):
                 return program
             self.request.check_strategies(program.structure.latents, program.structure.latents)
-            return noting_unused_optimiser(without_unused_strategy(program), self.request.optim)
+            return noting_unused(program, self.request.optim)
         bare, look = self._look_at_both(args, kwargs, first)
         routing = self._route(bare, look, args, kwargs)
         if isinstance(routing, Unrouted):
@@ -153,7 +153,7 @@ class Planner(StaysHere):
         program = program.noting(*self.known.leaving)
         if not (routing.points or self.known.leaving):
             program = program.noting("the guide is not used: every latent has an exact posterior.")
-        return noting_unused_optimiser(program, self.request.optim)
+        return noting_unused(program, self.request.optim)
 
     @property
     def guide_now(self) -> Any:

@@ -515,6 +515,7 @@ class Program(StaysHere):
         if not isinstance(routes, LaterTuple) and not routes:
             own = has_components(without_values(self.model))
             routes = LaterTuple(lambda: routes_of(structure, own))
+        kernel = self.kernel
         return Plan(
             routes,
             self.updates,
@@ -525,9 +526,7 @@ class Program(StaysHere):
             structure.edges,
             self.notes,
             is_monotone=self.is_monotone,
-            kernel=self.kernel.names,
-            kernel_reason=self.kernel.reasons,
-            iterations=self.kernel.in_words(users),
+            **kernel.in_plan(users),
             gives_up=gives_up(self.strategy),
             missing=self.graph.missing,
             exact=self.strategy is None,

@@ -8,8 +8,14 @@ from pyro_em.plan.program import Program
 from pyro_em.updates.update import Gradient
 
 
-def noting_unused_optimiser(program: Program, optim: object) -> Program:
-    """The program; it says so where an optimiser was given and moves no parameter."""
+def noting_unused(program: Program, optim: object) -> Program:
+    """The program without a strategy that has no meaning; it says what is not used.
+
+    Args:
+        program: The program.
+        optim: The user's optimiser.
+    """
+    program = without_unused_strategy(program)
     if optim is None or not program.updates:
         return program
     if any(isinstance(u.update, Gradient) for u in program.updates.values()):

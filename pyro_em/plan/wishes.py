@@ -256,6 +256,8 @@ def check_call(
 
 def check_model_keywords(model: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
     """Refuse a keyword that neither the method nor the model knows."""
+    if not kwargs:
+        return
     parameters = signature_of(model)
     if not parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return

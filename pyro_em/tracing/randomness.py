@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from pyro.util import get_rng_state, set_rng_state
 
 
+def same_random_state(active: bool = True) -> AbstractContextManager[None]:
+    """Restore the random state after a block; not where it is not ``active``."""
+    return _same_random_state() if active else nullcontext()
+
+
 @contextmanager
-def same_random_state(active: bool = True) -> Iterator[None]:
-    """Restore the random state after a block."""
-    if not active:
-        yield
-        return
+def _same_random_state() -> Iterator[None]:
     cpu = torch.get_rng_state()
     gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     try:
@@ -26,13 +27,14 @@ def same_random_state(active: bool = True) -> Iterator[None]:
             torch.cuda.set_rng_state(gpu)
 
 
-@contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
+def seeded(seed: int | None) -> AbstractContextManager[None]:
     """Another random state inside a block; the present one where ``seed`` is None."""
-    if seed is None:
-        yield
-        return
-    with same_random_state():
+    return nullcontext() if seed is None else _seeded(seed)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with _same_random_state():
         seed_generators(seed)
         yield
 
