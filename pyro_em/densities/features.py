@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.densities.natural import Feature
+from pyro_em.graph.bindings.binding import is_in_order
 from pyro_em.graph.factors import Group
 
 
@@ -57,6 +58,11 @@ class Cells:
     f: Tensor
     base: Tensor
     is_plain: bool
+
+    @cached_property
+    def is_in_order(self) -> bool:
+        """Whether the elements of η are the first ones, in order."""
+        return is_in_order(self.columns)
 
     def table(self, eta: Tensor) -> Tensor:
         """Log densities. # (cells,)"""

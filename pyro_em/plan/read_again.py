@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from pyro_em.distributions import is_finite
+from pyro_em.distributions import are_finite
 from pyro_em.graph.findings.possible import are_possible
 from pyro_em.graph.gaussian_lines.kept_lines import lines_again
 from pyro_em.graph.gaussian_lines.lines import Line
@@ -163,12 +163,12 @@ def on_other_data(
 def _are_sound(parameters: Mapping[str, TracedParameter], structure: Structure) -> bool:
     """Whether the parameters are those that were read, and their values are finite."""
     known = structure.parameters
-    return parameters.keys() == known.keys() and all(
+    same = parameters.keys() == known.keys() and all(
         p.unconstrained is known[n].unconstrained
         and not p.is_foreign
         and len(p.declared) < 2
         and p.initial_shape in (None, p.leaf.shape)
         and type(p.constraint) is type(known[n].constraint)
-        and is_finite(p.leaf.detach())
         for n, p in parameters.items()
     )
+    return same and are_finite(p.leaf for p in parameters.values())

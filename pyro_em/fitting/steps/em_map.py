@@ -168,11 +168,6 @@ def has_fallen(program: Program, before: Point, after: Point, allowed: float) ->
     return True
 
 
-def allowed_fall(eps: float) -> float:
-    """By how much of an objective rounding may lower it; of one below a nat, in nats."""
-    return 1e-9 if eps < 1e-12 else 1e-5
-
-
 def values_at(point: Point) -> Values:
     """The parameter values of a point that has them."""
     assert isinstance(point, (TracedPoint, SumsPoint, PartsPoint))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_em.errors import Handover, TooFar, message, warn
 from pyro_em.fitting.steps.by_parts import ByParts
-from pyro_em.fitting.steps.em_map import ByTracing, after_m_step, allowed_fall
+from pyro_em.fitting.steps.em_map import ByTracing, after_m_step
 from pyro_em.fitting.steps.em_on_sums import OnSums, on_sums
 from pyro_em.fitting.steps.parted import Parted
 from pyro_em.fitting.steps.point import Point, SumsPoint
@@ -103,7 +103,7 @@ class Guarded:
             if self.data is None
             else ByParts(self.data, self.state)
         )
-        self._rounding = allowed_fall(program.graph.eps)
+        self._rounding = _rounding(program.graph.eps)
 
     @property
     def program(self) -> Program:
@@ -334,3 +334,8 @@ def warn_disagreement(kernel: Kernel, off: Disagreement, when: str) -> None:
             ["avoid detach, .item() and branches on parameters in the model"],
         ),
     )
+
+
+def _rounding(eps: float) -> float:
+    """By how much of an objective rounding may lower it; of one below a nat, in nats."""
+    return 1e-9 if eps < 1e-12 else 1e-5

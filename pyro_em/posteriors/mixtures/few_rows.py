@@ -19,7 +19,6 @@ from pyro_em.densities.density import checked, scattered
 from pyro_em.densities.features import Cells
 from pyro_em.densities.gaussian import Gaussian, Prepared
 from pyro_em.densities.theta import At, Theta
-from pyro_em.graph.bindings.binding import is_in_order
 from pyro_em.posteriors.mixtures.labels import Labels
 from pyro_em.posteriors.mixtures.responsibilities import sum_of_logs, unnormalised
 from pyro_em.posteriors.mixtures.row_factors import RowFactors
@@ -84,7 +83,7 @@ class FewRows:
             return None
         if rule.x.dtype != torch.float64 and N * factors.K > FEW_CELLS:
             return None  # a chunk is quicker: its exponentials are kept from the smallest numbers
-        in_order = is_in_order(table.columns) and len(table.columns) == factors.K
+        in_order = table.is_in_order and len(table.columns) == factors.K
         noise = 2e-16 * N**0.5
         return cls(
             theta,
