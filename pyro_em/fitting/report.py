@@ -39,9 +39,10 @@ from pyro_em.fitting.results.information import StaticInformation, loadings_of
 from pyro_em.fitting.results.labels import forms_in, forms_of
 from pyro_em.fitting.results.result import EMResult
 from pyro_em.fitting.results.standard_errors import StandardErrors, standard_errors
+from pyro_em.fitting.steps.em_on_sums import SumsPoint
 from pyro_em.fitting.steps.guarded import Guarded
 from pyro_em.fitting.steps.parted import Parted
-from pyro_em.fitting.steps.point import PartsPoint, SumsPoint
+from pyro_em.fitting.steps.point import PartsPoint
 from pyro_em.fitting.steps.run import EMRun, Settings
 from pyro_em.fitting.steps.stopping import rate_of_convergence
 from pyro_em.graph.factors import Group, is_incomplete

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import DataError, ExactPosteriorEM
-from pyro_em.fitting.steps.point import SumsPoint
+from pyro_em.fitting.steps.em_on_sums import SumsPoint
 from pyro_em.plan.kept import forget_readings
 from pyro_em.posteriors.continuous import table_rows
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pyro_em.errors import message, warn
+from pyro_em.fitting.steps.em_on_sums import SumsPoint
 from pyro_em.fitting.steps.parted import Parted
-from pyro_em.fitting.steps.point import PartsPoint, Point, SumsPoint, Values
+from pyro_em.fitting.steps.point import PartsPoint, Point, Values
 from pyro_em.plan.evaluation import Evaluation
 from pyro_em.plan.part import Made, Summary, Totals
 from pyro_em.plan.program import Program

@@ -20,8 +20,9 @@ from pyro_em.errors import DataError, DegenerateError, Handover
 from pyro_em.fitting.results.history import EMStatus
 from pyro_em.fitting.steps.coordinates import Unconstrained
 from pyro_em.fitting.steps.em_map import EMMap, values_at
+from pyro_em.fitting.steps.em_on_sums import SumsPoint
 from pyro_em.fitting.steps.guarded import Guarded, Step
-from pyro_em.fitting.steps.point import Point, SumsPoint, Values
+from pyro_em.fitting.steps.point import Point, Values
 from pyro_em.fitting.steps.run import Cycle, EMRun, Settings
 from pyro_em.fitting.steps.schemes import Proposals, Scheme, Secant, Triple
 

@@ -13,7 +13,8 @@ from typing import Protocol
 from torch import Tensor
 
 from pyro_em.errors import message, warn
-from pyro_em.fitting.steps.point import PartsPoint, Point, SumsPoint, TracedPoint, Values
+from pyro_em.fitting.steps.em_on_sums import SumsPoint
+from pyro_em.fitting.steps.point import PartsPoint, Point, TracedPoint, Values
 from pyro_em.plan.evaluation import Evaluation
 from pyro_em.plan.part import Made
 from pyro_em.plan.program import Program

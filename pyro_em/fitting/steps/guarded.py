@@ -19,9 +19,9 @@ from torch import Tensor
 from pyro_em.errors import Handover, TooFar, message, warn
 from pyro_em.fitting.steps.by_parts import ByParts
 from pyro_em.fitting.steps.em_map import ByTracing, after_m_step
-from pyro_em.fitting.steps.em_on_sums import OnSums, on_sums
+from pyro_em.fitting.steps.em_on_sums import OnSums, SumsPoint, on_sums
 from pyro_em.fitting.steps.parted import Parted
-from pyro_em.fitting.steps.point import Point, SumsPoint
+from pyro_em.fitting.steps.point import Point
 from pyro_em.fitting.steps.run import Held
 from pyro_em.plan.agreement import disagreements_of
 from pyro_em.plan.eligibility import Kernel

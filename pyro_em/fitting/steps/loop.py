@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pyro_em.errors import DataError, DegenerateError
 from pyro_em.fitting.results.history import EMStatus, EMStep
 from pyro_em.fitting.steps.em_map import values_at
+from pyro_em.fitting.steps.em_on_sums import SumsPoint
 from pyro_em.fitting.steps.guarded import Fell, Guarded, Step
-from pyro_em.fitting.steps.point import Point, SumsPoint, Values
+from pyro_em.fitting.steps.point import Point, Values
 from pyro_em.fitting.steps.run import EMRun, Settings
 from pyro_em.fitting.steps.stopping import crawls, should_stop
 from pyro_em.plan.hyperparameters import run_away

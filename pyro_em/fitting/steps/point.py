@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyro_em.errors import UsageError, message
 from pyro_em.plan.evaluation import Evaluation
 from pyro_em.plan.part import Made, Summary
-from pyro_em.plan.program import Program
 from pyro_em.posteriors.answers.posterior import Posterior
-from pyro_em.posteriors.quick import EMSteps
-from pyro_em.tracing.turns import Alone
-from pyro_em.updates.expectations.statistics import Expectation
 
 Values = Mapping[str, Tensor]
 
@@ -67,82 +60,6 @@ class TracedPoint(Point):
         assert q.bound is not None
         self.objective, self.log_evidence = q.bound, q.log_evidence
         self.massless = massless or {}
-
-
-class SumsPoint(Point):
-    """A point whose E-step kept sums alone: tables are made when somebody asks for them.
-
-    Args:
-        program: The model with its data.
-        block: What made the E-step.
-        at: The parameters, in the form of the E-step.
-        expectation: The E-step.
-        log_prior: Of point estimates, in nats.
-        values: All parameters by name, where they are known, and nobody writes them.
-        how: How the data are parted, in words; None where all are at hand.
-    """
-
-    def __init__(
-        self,
-        program: Program,
-        block: EMSteps,
-        at: Any,
-        expectation: Expectation,
-        log_prior: float,
-        values: Values | None = None,
-        how: str | None = None,
-    ) -> None:
-        self.program, self.block, self.at, self.how = program, block, at, how
-        self.expectation = expectation
-        self.log_prior = log_prior
-        self.log_evidence = expectation.log_evidence  # E-steps on sums are exact
-        self.objective = expectation.log_evidence + log_prior
-        self.massless = {}
-        self.noise = expectation.noise
-        if values is not None:
-            self.values = dict(values)
-
-    @cached_property
-    def expectation(self) -> Expectation:
-        """The E-step; it is made again where it has been let go."""
-        with torch.inference_mode():
-            return self.block.e_step(self.at)
-
-    def forget_rows(self) -> None:
-        """Let go of an E-step that holds numbers of each row, once an M-step has read them.
-
-        The next E-step has as many, and nobody is likely to ask for these again.
-        """
-        vars(self).pop("expectation", None)
-
-    @cached_property
-    def values(self) -> dict[str, Tensor]:
-        """All parameters by name."""
-        return self.block.theta.values(self.at)
-
-    def judged(self) -> TracedPoint:
-        """The same with tables, whose objective differs by rounding, on the data as they are."""
-        evaluation = self.program.evaluate(self.values)
-        q = self.program.posterior(evaluation)
-        return TracedPoint(self.values, evaluation, q, self.massless)
-
-    @cached_property
-    def evaluation(self) -> Evaluation:  # type: ignore[override]
-        """The factors at the values."""
-        self.program.require_unchanged("posterior")
-        with Alone("posterior"):
-            return self.program.evaluate(self.values)
-
-    @cached_property
-    def q(self) -> Posterior:  # type: ignore[override]
-        """The E-step there.
-
-        Raises:
-            UsageError: If the data come in parts.
-        """
-        if self.how is not None:
-            raise UsageError(no_posterior(self.how))
-        return self.program.posterior(self.evaluation)
 
 
 class PartsPoint(Point):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from pyro_em.fitting.results.history import EMStatus
-from pyro_em.fitting.steps.em_on_sums import on_sums
+from pyro_em.fitting.steps.em_on_sums import SumsPoint, on_sums
 from pyro_em.fitting.steps.guarded import Guarded
-from pyro_em.fitting.steps.point import LeftPoint, PartsPoint, Point, SumsPoint, TracedPoint
+from pyro_em.fitting.steps.point import LeftPoint, PartsPoint, Point, TracedPoint
 from pyro_em.fitting.steps.run import Cycle, EMRun, Seen
 from pyro_em.plan.part import Made
 from pyro_em.tracing.encoding import NotPlain, decoded, encoded

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pyro_em.fitting.results.history import EMStatus, EMStep
-from pyro_em.fitting.steps.point import LeftPoint, Point, SumsPoint, TracedPoint, Values
+from pyro_em.fitting.steps.em_on_sums import SumsPoint
+from pyro_em.fitting.steps.point import LeftPoint, Point, TracedPoint, Values
 from pyro_em.fitting.steps.progress import Bar
 from pyro_em.fitting.steps.schemes import Secant
 from pyro_em.plan.program import Program

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pyro_em.densities.tying import Arguments
 from pyro_em.errors import message, sites_in_words, warn
+from pyro_em.fitting.steps.em_on_sums import SumsPoint
 from pyro_em.fitting.steps.guarded import Guarded
-from pyro_em.fitting.steps.point import Point, SumsPoint, Values
+from pyro_em.fitting.steps.point import Point, Values
 from pyro_em.posteriors.answers.posterior import Posterior
 from pyro_em.tracing.sites import Role
 
