@@ -195,7 +195,7 @@ def kernel_of(
     told = told_by_selections(graph)
     known = None if told is None else known_mixture(told, graph, updates, values)
     if known is not None:
-        return Kernel(known.name, None, known, (known.latents,), words=known.words)
+        return Kernel(known.name, None, known, (known.component.latents,), words=known.words)
     parts = components_of(graph)
     finding = needs_more_than_sums(graph, updates)
     if finding is not None:

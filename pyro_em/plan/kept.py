@@ -36,9 +36,9 @@ it is.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Mapping, MutableMapping
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -55,9 +55,9 @@ from pyro_em.plan.first_values import (
     undone_on_failure,
     with_first_values,
 )
-from pyro_em.plan.kept_reading import Kept
+from pyro_em.plan.kept_reading import Kept, NotShown
 from pyro_em.plan.program import Program
-from pyro_em.plan.read_again import doing_the_same, is_on_the_same_data, on_other_data, shown
+from pyro_em.plan.read_again import doing_the_same, is_on_the_same_data, on_other_data
 from pyro_em.plan.task import Task
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.continuous.gaussian_components import NotSeparate
@@ -66,6 +66,8 @@ from pyro_em.tracing.loops import NotVectorized
 from pyro_em.tracing.names import names_of, numbers_in
 from pyro_em.tracing.runs import Begin
 from pyro_em.tracing.stored import is_stored
+
+_Found = TypeVar("_Found")
 
 _MOST = 8  # forms of data that are remembered of one model
 
@@ -150,12 +152,12 @@ class Readings(StaysHere):
                     log = again.log(names, noting=kept.noting)
                     return doing_the_same(kept.task(again), kept, latest, log)
 
-                known = shown(kept, same)
+                known = _shown(kept, same)
                 if known is None:
                     return None
                 readings[form] = known
                 return replace(latest, is_known=True)
-            found = shown(kept, lambda k: on_other_data(task, k, task.log(names, True, k.noting)))
+            found = _shown(kept, lambda k: on_other_data(task, k, task.log(names, True, k.noting)))
         except (PyroEMError, NotVectorized, NotLinear, NotSeparate, NotConjugate):
             return None  # reading it anew says what is wrong
         return None if found is None else self._noted(task, form, *found)
@@ -178,7 +180,7 @@ class Readings(StaysHere):
                 return found
 
         try:
-            kept, program = shown(kept, begun)
+            kept, program = _shown(kept, begun)
         except (PyroEMError, NotBegun):
             return None  # a plain run says what is wrong, or begins otherwise
         tell_of_starts(program.graph.parameters)
@@ -202,3 +204,11 @@ def _form(task: Task) -> Hashable:
     parts, keywords = form_of(task.args, task.kwargs)
     budgets = (task.max_plate_nesting, task.max_enumeration)
     return parts, keywords, budgets, torch.get_default_dtype()
+
+
+def _shown(kept: Kept, look: Callable[[Kept], _Found]) -> _Found:
+    """What a look at a run finds; at its operations where its calls do not show what is done."""
+    try:
+        return look(kept)
+    except NotShown:
+        return look(replace(kept, calls=None, has_calls=False))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypeVar
 
 from pyro_em.distributions import are_finite
 from pyro_em.graph.findings.possible import are_possible
@@ -21,7 +20,7 @@ from pyro_em.plan.conjugates import Conjugates
 from pyro_em.plan.continuous import on_conjugates, with_lines, with_routes
 from pyro_em.plan.decisions import decided
 from pyro_em.plan.first_values import begun
-from pyro_em.plan.kept_reading import Kept, LaidProgram, NotShown, members_of
+from pyro_em.plan.kept_reading import Kept, LaidProgram, members_of
 from pyro_em.plan.program import Program
 from pyro_em.plan.task import Task, run_of, traced
 from pyro_em.plan.verification import verified
@@ -33,8 +32,6 @@ from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import TracedParameter, values_of
 from pyro_em.tracing.runs import Begin, Run
 from pyro_em.tracing.stored import is_stored
-
-_Found = TypeVar("_Found")
 
 
 def is_on_the_same_data(program: Program, kept: Kept, task: Task) -> bool:
@@ -50,14 +47,6 @@ def is_on_the_same_data(program: Program, kept: Kept, task: Task) -> bool:
         and all(a is b for a, b in zip(given, before, strict=True))
         and not program.is_changed()
     )
-
-
-def shown(kept: Kept, look: Callable[[Kept], _Found]) -> _Found:
-    """What a look at a run finds; at its operations where its calls do not show what is done."""
-    try:
-        return look(kept)
-    except NotShown:
-        return look(replace(kept, calls=None, has_calls=False))
 
 
 def doing_the_same(task: Task, kept: Kept, program: Program, log: OperationLog) -> Kept | None:
