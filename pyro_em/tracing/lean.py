@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_em.tracing.capture import ParameterCapture
 from pyro_em.tracing.not_distributions import require_distribution
+from pyro_em.tracing.operations import Unwatched
 from pyro_em.tracing.provenance import Tagged
 from pyro_em.tracing.sites import Role, is_factor, is_latent, role_of
 
@@ -35,6 +36,8 @@ AtLarge: TypeAlias = Callable[[dict[str, Any]], None]
 """What is done with a site that asks for a draw of many numbers."""
 
 _LARGE = 256  # elements; smaller latents are always drawn
+
+_MANY_ROWS = 2**16  # numbers of a scale from which on it is held once for all sites that share it
 
 nothing: Any = staticmethod(id)  # what does nothing with a message, without a call of Python
 
@@ -57,6 +60,7 @@ class LeanTrace(TraceMessenger):
         super().__init__()
         self.capture = capture
         self._silenced: list[MarkovMessenger] = []
+        self._scale: Tensor | None = None
 
     def follow(self, model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Run a model, and trace what it does."""
@@ -91,7 +95,25 @@ class LeanTrace(TraceMessenger):
             if capture is not None and capture.noted.get(name) is not msg["value"]:
                 capture.after(msg)
         else:
+            if isinstance(msg["scale"], Tensor):
+                msg["scale"] = self._held_once(msg["scale"])
             nodes[name] = msg.copy()
+
+    def _held_once(self, scale: Tensor) -> Tensor:
+        """The scale of the site before, where this one has the same: handlers make one at each site."""
+        is_plain = scale.__class__ is Tensor and not (scale.is_meta or scale.requires_grad)
+        if not is_plain or scale.numel() < _MANY_ROWS:
+            return scale
+        before, self._scale = self._scale, scale
+        if before is not None and _form(before) == _form(scale):
+            with Unwatched():
+                if torch.equal(before, scale):
+                    self._scale = before
+        return self._scale
+
+
+def _form(t: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return t.shape, t.dtype, t.device
 
 
 class WatchingTrace(LeanTrace):

@@ -248,3 +248,23 @@ def test_a_distribution_may_have_an_attribute_called_size() -> None:
     with WatchingTrace() as tracer:
         pyro.sample("x", Sized(0.0, 1.0), obs=torch.tensor(0.5))
     assert list(tracer.trace.nodes) == ["x"] and not tracer.empty
+
+
+def test_weights_of_many_rows_are_held_once_for_all_sites_that_share_them() -> None:
+    """Handlers multiply a scale anew at each site; what differs stays what it is."""
+    weights = torch.rand(2**16, generator=torch.Generator().manual_seed(0)) + 0.5
+
+    def model() -> None:
+        with pyro.plate("n", len(weights)):
+            with poutine.scale(scale=weights):
+                pyro.sample("a", dist.Normal(0.0, 1.0))
+                pyro.sample("b", dist.Normal(0.0, 1.0), obs=weights)
+            with poutine.scale(scale=2 * weights):
+                pyro.sample("c", dist.Normal(0.0, 1.0), obs=weights)
+
+    trace = LeanTrace()
+    trace.follow(model, (), {})
+    a, b, c = (trace.trace.nodes[name]["scale"] for name in "abc")
+    own = poutine.trace(model).get_trace().nodes
+    assert a is b and c is not b
+    assert all(torch.equal(own[name]["scale"], s) for name, s in zip("abc", (a, b, c), strict=True))
