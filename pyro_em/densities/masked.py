@@ -42,15 +42,16 @@ class Masked(Gaussian):
     """The rows of a group of Normal sites with masked entries and component-wise arguments.
 
     Attributes:
-        seen: 1 where an entry is seen, else 0. # (D, N)
+        x: x', a tensor of its own: NaN where an entry is missing before, zero there afterwards.
+        seen: Which entries are seen. # (D, N)
     """
 
     seen: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        seen = ~torch.isnan(self.x)
-        self.x = torch.where(seen, self.x, 0.0).to(torch.float64)
-        self.seen = seen.to(torch.float64)
+        missing = torch.isnan(self.x)
+        self.x.masked_fill_(missing, 0.0)
+        self.seen = missing.logical_not_()
         low, high = torch.aminmax(self.x, dim=1)
         known = self.given_reach2
         self.reach2 = torch.maximum(high, -low).square() if known is None else known
@@ -82,7 +83,7 @@ class Masked(Gaussian):
 
     def _features_of(self, rows: slice) -> Tensor:
         x = self.x[:, rows]
-        return torch.cat([self.seen[:, rows], x, x * x])
+        return torch.cat([self.seen[:, rows].to(x.dtype), x, x * x])
 
     def log_density(self, p: Any, features: Tensor, onto: Tensor | None = None) -> Tensor:
         """Log densities of some rows, from their features, added to what is there. # (K, rows)"""

@@ -16,6 +16,8 @@ from torch.distributions import biject_to, constraints
 
 from pyro_em.distributions import Mask, unwrap
 
+_MANY = 2**14  # rows from which on values that are filled already are not written again
+
 _CANNOT = (NotImplementedError, AttributeError, RuntimeError, ValueError, TypeError, IndexError)
 
 
@@ -114,7 +116,18 @@ def from_data(value: Tensor, kept: Tensor, reinterpreted: int) -> tuple[Tensor, 
     at = torch.arange(rows.shape[1], device=first.device)
     seen = table[first, at].reshape((*features, *event))
     there = rows.any(0).reshape(features)
+    if rows.shape[0] >= _MANY and _is_filled(table, rows, seen):
+        return value, kept | there
     return torch.where(_along(kept, value), value, seen), kept | there
+
+
+def _is_filled(table: Tensor, rows: Tensor, seen: Tensor) -> bool:
+    """Whether masked events are the given ones already, of rows some at a time."""
+    seen = seen.reshape(table.shape[1:])
+    return all(
+        bool((_along(own, part) | (part == seen)).all())
+        for part, own in zip(table.split(_MANY), rows.split(_MANY), strict=True)
+    )
 
 
 def _first(event: Tensor, shape: torch.Size) -> Tensor:
