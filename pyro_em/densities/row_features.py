@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_em.densities.features import weighted, weights_of, where_counted
 from pyro_em.densities.natural import Feature
 from pyro_em.graph.factors import Group
+from pyro_em.tracing.freed import return_freed_memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +63,7 @@ class RowFeatures:
         device = pieces[0].few.device
         own = [p for p in pieces if not p.is_fixed or rows == 1]
         fixed = [p for p in pieces if p.is_fixed and rows > 1]
+        return_freed_memory(p.few for p in own)  # of finding them
         if len(own) == 1 and own[0].codes is None:
             phi = own[0].few.contiguous()
         else:
