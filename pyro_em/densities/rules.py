@@ -6,7 +6,7 @@ from pyro_em.densities.counts import as_counts
 from pyro_em.densities.density import PreparedRows
 from pyro_em.densities.exponential import as_exponential
 from pyro_em.densities.gaussian import as_gaussian
-from pyro_em.densities.student import StudentRows
+from pyro_em.densities.student import CauchyRows, HalfCauchyRows, StudentRows
 from pyro_em.densities.student_vectors import as_student_vectors
 from pyro_em.densities.weibull import WeibullRows
 from pyro_em.densities.with_missing import as_incomplete
@@ -27,6 +27,8 @@ def rule_of(group: Group, K: int, all_data: AllData | None = None) -> PreparedRo
         or as_incomplete(group, K, all_data)
         or as_counts(group, K, all_data)
         or StudentRows.of(group, K)
+        or CauchyRows.of(group, K)
+        or HalfCauchyRows.of(group, K)
         or as_student_vectors(group, K, all_data)
         or WeibullRows.of(group, K)
         or as_exponential(group, K)

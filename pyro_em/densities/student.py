@@ -1,4 +1,4 @@
-"""Rows of Student distributions: log densities, and expected precisions beside responsibilities.
+"""Rows of Student and Cauchy distributions: log densities, and expected precisions beside responsibilities.
 
 With t = z² / ν, z = (x − μ) / σ, one logarithm of 1 + t serves both halves of the E-step:
 
@@ -7,6 +7,7 @@ With t = z² / ν, z = (x − μ) / σ, one logarithm of 1 + t serves both halve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -148,3 +149,44 @@ class StudentRows(SingleRows):
         weight, zeroth, first, second, rest = self._plain(p, moments)
         feature = torch.stack([zeroth, first, second, rest], -1)
         return self.as_statistics(feature, weight)
+
+
+@dataclass(eq=False)
+class CauchyRows(StudentRows):
+    """The rows of a group of Cauchy sites: one degree of freedom."""
+
+    family = "Cauchy"
+
+    def prepare(self, arguments: Mapping[str, Tensor]) -> Students:
+        """The components at some arguments."""
+        loc, scale = self.each(arguments, "loc"), self.each(arguments, "scale")
+        return self._prepared(loc, scale, -math.log(math.pi))
+
+    def _prepared(self, loc: Tensor, scale: Tensor, constant: float) -> Students:
+        return Students(torch.ones_like(scale), loc, scale, constant - scale.log())
+
+    def statistics(
+        self, p: Students, moments: Tensor, mass: Tensor, arguments: Mapping[str, Tensor]
+    ) -> Statistics:
+        """The family's statistics."""
+        weight, zeroth, first, second, _ = self._plain(p, moments)
+        return self.as_statistics(torch.stack([zeroth, first, second], -1), weight)
+
+
+@dataclass(eq=False)
+class HalfCauchyRows(CauchyRows):
+    """The rows of a group of HalfCauchy sites: a location of zero, and twice the density."""
+
+    family = "HalfCauchy"
+
+    def prepare(self, arguments: Mapping[str, Tensor]) -> Students:
+        """The components at some arguments."""
+        scale = self.each(arguments, "scale")
+        return self._prepared(torch.zeros_like(scale), scale, math.log(2 / math.pi))
+
+    def statistics(
+        self, p: Students, moments: Tensor, mass: Tensor, arguments: Mapping[str, Tensor]
+    ) -> Statistics:
+        """The family's statistics."""
+        weight, _, _, second, _ = self._plain(p, moments)
+        return self.as_statistics(second.unsqueeze(-1), weight)

@@ -18,6 +18,7 @@ import torch
 from pyro_em.distributions import unwrap, unwrap_all
 from pyro_em.errors import UsageError, message
 from pyro_em.families import (
+    cauchy,
     clamped,
     compound,
     discrete,
@@ -46,6 +47,7 @@ REGISTRY: dict[type, Family] = {
         compound,
         student,
         student_vectors,
+        cauchy,
         one_sided,
         normal,
         missing,

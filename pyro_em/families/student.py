@@ -38,42 +38,53 @@ class ScaleMixture(NaturalForm):
     def terms(self, statistics: Statistics, arguments: Arguments) -> Tensor:
         """See `NaturalForm.terms`."""
         half, scale, w = arguments["df"] / 2, arguments["scale"], statistics["weight"]
-        spread = -0.5 * _residual(statistics, arguments) / scale**2
+        spread = -0.5 * residual(statistics, arguments) / scale**2
         of_df = w * (half * half.log() - half.lgamma() - half)
         parts = (-w * scale.log(), spread, of_df, half * statistics["feature"][..., 3])
         return torch.stack(torch.broadcast_tensors(*parts), -1)
 
 
 def about(feature: Tensor, step: Tensor) -> Tensor:
-    """A Student distribution's sums about a location that is further on by a step."""
-    zeroth, first, second, rest = feature.unbind(-1)
-    moved = (zeroth, first - step * zeroth, second - step * (2 * first - step * zeroth), rest)
+    """A scale mixture's sums about a location that is further on by a step.
+
+    Args:
+        feature: Σ E[u], Σ E[u] d, Σ E[u] d², and what depends on no location. # (*cells, 3 or more)
+        step: # (*cells)
+    """
+    zeroth, first, second, *rest = feature.unbind(-1)
+    moved = (zeroth, first - step * zeroth, second - step * (2 * first - step * zeroth), *rest)
     return torch.stack(torch.broadcast_tensors(*moved), -1)
 
 
-def _residual(s: Statistics, a: Arguments) -> Tensor:
-    """Σ E[u] (x − μ)²."""
+def residual(s: Statistics, a: Arguments) -> Tensor:
+    """Σ E[u] (x − μ)². # (*cells)"""
     feature, shift = s["feature"], a["loc"] - s["reference:loc"]
     return feature[..., 2] - shift * (2 * feature[..., 1] - shift * feature[..., 0])
 
 
-def _derivatives(s: Statistics, a: Arguments) -> tuple[Tensor, Tensor]:
-    half, scale, w = a["df"] / 2, a["scale"], s["weight"]
+def derivatives_of_line(s: Statistics, a: Arguments) -> tuple[Tensor, Tensor]:
+    """Those of −w log σ − ½ Σ E[u] (x − μ)² / σ² in location and scale. # (*cells, 2), (*cells, 2, 2)"""
+    scale, w = a["scale"], s["weight"]
     shift = a["loc"] - s["reference:loc"]
-    residual = _residual(s, a) / scale**2
+    total = residual(s, a) / scale**2
     pull = (s["feature"][..., 1] - shift * s["feature"][..., 0]) / scale**2
-    slopes = (
-        0.5 * (w * (half.log() - half.digamma()) + s["feature"][..., 3]),
-        pull,
-        (residual - w) / scale,
-    )
-    zero = torch.zeros_like(pull)
-    of_df = 0.25 * w * (1 / half - torch.special.polygamma(1, half))
-    of_loc, mixed = -s["feature"][..., 0] / scale**2, -2 * pull / scale
-    of_scale = (w - 3 * residual) / scale**2
-    rows = (of_df, zero, zero, zero, of_loc, mixed, zero, mixed, of_scale)
-    curved = torch.stack(torch.broadcast_tensors(*rows), -1).unflatten(-1, (3, 3))
-    return torch.stack(torch.broadcast_tensors(*slopes), -1), curved
+    mixed = -2 * pull / scale
+    of_loc, of_scale = -s["feature"][..., 0] / scale**2, (w - 3 * total) / scale**2
+    slopes = torch.broadcast_tensors(pull, (total - w) / scale)
+    rows = torch.broadcast_tensors(of_loc, mixed, mixed, of_scale)
+    return torch.stack(slopes, -1), torch.stack(rows, -1).unflatten(-1, (2, 2))
+
+
+def _derivatives(s: Statistics, a: Arguments) -> tuple[Tensor, Tensor]:
+    half, w = a["df"] / 2, s["weight"]
+    of_df = 0.5 * (w * (half.log() - half.digamma()) + s["feature"][..., 3])
+    bend = 0.25 * w * (1 / half - torch.special.polygamma(1, half))
+    of_line, curved = derivatives_of_line(s, a)
+    cells = torch.broadcast_shapes(of_df.shape, of_line.shape[:-1])
+    slope = torch.cat([of_df.expand(cells).unsqueeze(-1), of_line.expand(*cells, 2)], -1)
+    square = curved.new_zeros(*cells, 3, 3)
+    square[..., 0, 0], square[..., 1:, 1:] = bend, curved
+    return slope, square
 
 
 def expected_logarithm(df: Tensor) -> Tensor:

@@ -98,6 +98,8 @@ CASES = {
         dist.StudentT,
         {"df": torch.tensor([1.5, 9.0]), "loc": torch.tensor([0.0, 5.0]), "scale": H},
     ),
+    "Cauchy": (dist.Cauchy, {"loc": torch.tensor([0.0, 5.0]), "scale": H}),
+    "HalfCauchy": (dist.HalfCauchy, {"scale": torch.tensor([0.5, 3.0])}),
     "MultivariateStudentT": (
         dist.MultivariateStudentT,
         {"df": torch.tensor([1.5, 9.0]), "loc": LOC, "scale_tril": torch.linalg.cholesky(COV)},

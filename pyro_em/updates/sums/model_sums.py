@@ -42,7 +42,7 @@ class PlainSums:
             4.0
         """
         s = self.sums
-        if "feature" in s and s["feature"].shape[-1] == 4 and "loc" in self.references:
+        if "feature" in s and s["feature"].shape[-1] >= 3 and "loc" in self.references:
             feature = about(s["feature"], references["loc"] - self.references["loc"])
             return PlainSums({**s, "feature": feature}, references)
         if "deviation" not in s:
