@@ -102,8 +102,10 @@ class Jacobian:
         Args:
             lead: How many of the first dimensions are rows: members and plates.
         """
-        if self.index is not None or not self.value.numel():
+        if not self.value.numel():
             return self
+        if self.index is not None:
+            return replace(self, value=_once_where_equal(self.value, lead))
         used = (self.value != 0).flatten(0, lead - 1).any(0)
         width = max(int(used.sum(-1).max()), 1)
         if 2 * width > self.size:
@@ -111,11 +113,7 @@ class Jacobian:
         index = (~used).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width]
         index = index.reshape((1,) * lead + index.shape)
         value = self.value.gather(-1, index.expand(*self.value.shape[:-1], width))
-        shape = value.shape
-        for d in range(lead, value.dim() - 1):
-            if value.shape[d] > 1 and bool((value.narrow(d, 0, 1) == value).all()):
-                value = value.narrow(d, 0, 1)
-        return Jacobian(value.expand(shape), index.expand(shape), self.size)
+        return Jacobian(_once_where_equal(value, lead), index.expand(value.shape), self.size)
 
     def reached(self, where: Tensor | None = None) -> Tensor:
         """Which elements of the parameter reach any cell, or any of some. # (parameter.numel(),)
@@ -177,3 +175,13 @@ def _narrowed(t: Tensor, dims: Sequence[int]) -> Tensor:
         if t.shape[d] > 1:
             t = t.narrow(d, 0, 1)
     return t
+
+
+def _once_where_equal(value: Tensor, lead: int) -> Tensor:
+    """Numbers held once along dimensions behind the rows in which they are the same."""
+    shape = value.shape
+    for d in range(lead, value.dim() - 1):
+        is_held = value.shape[d] > 1 and value.stride(d) != 0
+        if is_held and bool((value.narrow(d, 0, 1) == value).all()):
+            value = value.narrow(d, 0, 1)
+    return value.expand(shape)

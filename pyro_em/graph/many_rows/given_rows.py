@@ -77,21 +77,30 @@ class Given:
             chosen = self._chosen(flat[:, 0])
             if chosen is not None:
                 return chosen.reshape(-1, *rest)
-        found = [self.places.get((flat.dtype, _as_bytes(c))) for c in flat.unbind(1)]
+        found = [self._place(c) for c in flat.unbind(1)]
         if any(f is None and bool((c != c[0]).any()) for f, c in zip(found, flat.T, strict=True)):
             raise NotGiven
         if not any(found):
             return few[:1].expand(len(self.whole[0]), *rest)
-        first, begin = found[0] or (0, 0)
-        if found == [(first, begin + i) for i in range(len(found))]:
+        first, begin, sign = found[0] or (0, 0, 1)
+        if found == [(first, begin + i, sign) for i in range(len(found))]:
             out = self.whole[first][:, begin : begin + len(found)]
+            out = out if sign > 0 else -out
         else:
             columns = [
-                c[:1].expand(len(self.whole[0])) if f is None else self.whole[f[0]][:, f[1]]
+                c[:1].expand(len(self.whole[0])) if f is None else f[2] * self.whole[f[0]][:, f[1]]
                 for f, c in zip(found, flat.T, strict=True)
             ]
             out = torch.stack(columns, 1)
         return out.reshape(len(out), *rest)
+
+    def _place(self, column: Tensor) -> tuple[int, int, int] | None:
+        """Which argument, which of its columns and with which sign a column of the few rows is."""
+        for sign in (1, -1) if column.is_floating_point() else (1,):
+            found = self.places.get((column.dtype, _as_bytes(column if sign > 0 else -column)))
+            if found is not None:
+                return (*found, sign)
+        return None
 
     def _chosen(self, few: Tensor) -> Tensor | None:
         """Numbers of elements that a known group of each row chooses, a + b g_n; None for others.
