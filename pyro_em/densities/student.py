@@ -1,4 +1,4 @@
-"""Rows of Student and Cauchy distributions: log densities, and expected precisions beside responsibilities.
+"""Rows of Student and Cauchy distributions: log densities, and expected precisions of each row.
 
 With t = z² / ν, z = (x − μ) / σ, one logarithm of 1 + t serves both halves of the E-step:
 

@@ -27,8 +27,8 @@ from pyro_em.families.student import derivatives_of_line, residual
 class CauchyMixture(NaturalForm):
     """What sums say of a Cauchy distribution whose precisions are latents.
 
-    ``feature`` holds Σ E[u], Σ E[u] d and Σ E[u] d², where d is about ``reference:loc``; of a HalfCauchy
-    it holds Σ E[u] x² alone.
+    ``feature`` holds Σ E[u], Σ E[u] d and Σ E[u] d², where d is about ``reference:loc``; that of a
+    HalfCauchy holds Σ E[u] x² alone.
     """
 
     def terms(self, statistics: Statistics, arguments: Arguments) -> Tensor:

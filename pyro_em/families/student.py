@@ -63,7 +63,10 @@ def residual(s: Statistics, a: Arguments) -> Tensor:
 
 
 def derivatives_of_line(s: Statistics, a: Arguments) -> tuple[Tensor, Tensor]:
-    """Those of −w log σ − ½ Σ E[u] (x − μ)² / σ² in location and scale. # (*cells, 2), (*cells, 2, 2)"""
+    """Those of −w log σ − ½ Σ E[u] (x − μ)² / σ² in location and scale.
+
+    # (*cells, 2), (*cells, 2, 2)
+    """
     scale, w = a["scale"], s["weight"]
     shift = a["loc"] - s["reference:loc"]
     total = residual(s, a) / scale**2

@@ -110,6 +110,15 @@ def chosen(x: Tensor, y: Tensor) -> None:
         pyro.sample("x", dist.Normal(mu[g, z], 1.0), obs=x[:, 0])
 
 
+def waits(x: Tensor, y: Tensor) -> None:
+    """Covariates that are negated, under a dispersion that stands in the same argument."""
+    w, a = pyro.param("w", 0.3 * W), pyro.param("a", W[:, 0].exp(), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.full((K,), 1 / K, dtype=torch.float64)))
+        mean = (x * w[z]).sum(-1).exp()
+        pyro.sample("y", dist.Gamma(a[z], a[z] / mean), obs=y)
+
+
 def scaled_by_all(x: Tensor, y: Tensor) -> None:
     scaled(x / x.std(0), y)
 
@@ -192,6 +201,24 @@ def test_what_an_argument_is_made_of_is_held(monkeypatch: pytest.MonkeyPatch) ->
         told = pyro.param("a") + X @ pyro.param("w").T
     assert torch.allclose(group.arguments["loc"].squeeze(0), told, rtol=1e-13)
     assert sum(runs) < 4 * N + 500  # two plain runs, one in slices, and those of a few rows
+
+
+def test_negated_columns_are_held_once_for_all_components(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for many in (2**60, 1):
+        monkeypatch.setattr(slices, "_MANY", many)
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(waits)
+        found.append(list(em.fit(X, Y + 0.5, max_steps=3, tol=0).history))
+    assert found[1] == pytest.approx(found[0], rel=1e-12)
+    read = em._ready((X, Y + 0.5), {})
+    assert isinstance(read, Program)
+    (group,) = (g for g in read.graph.groups if g.members == ("y",))
+    jacobians = group.bindings["rate"].jacobians
+    assert jacobians is not None
+    held = once_each(jacobians["w"].value)
+    assert held.numel() == X.numel()
+    assert torch.equal(held.reshape(X.shape), -X)
 
 
 @pytest.mark.parametrize("bent", [False, True])
