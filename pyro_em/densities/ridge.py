@@ -83,8 +83,21 @@ def are_read_elsewhere(graph: FactorGraph, names: Collection[str], g: int) -> bo
     )
 
 
+class WithPrior:
+    """Rows that take part in the priors of their own parameters."""
+
+    @property
+    def in_prior(self) -> tuple[str, ...]:
+        """The parameters whose priors the rows know."""
+        return ()
+
+    def log_prior(self, components: Any) -> Tensor | float:
+        """Log density of these parameters, in nats."""
+        return 0.0
+
+
 @dataclass(eq=False)
-class WithRidge:
+class WithRidge(WithPrior):
     """What rows share whose coefficients may have a Normal prior.
 
     Attributes:
@@ -92,6 +105,11 @@ class WithRidge:
     """
 
     ridge: Ridge | None = field(default=None, kw_only=True)
+
+    @property
+    def in_prior(self) -> tuple[str, ...]:
+        """The parameters whose priors the rows know."""
+        return () if self.ridge is None else self.ridge.names
 
     def log_prior(self, fit: Any) -> Tensor | float:
         """Log density of the coefficients, in nats."""

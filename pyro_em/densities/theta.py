@@ -27,7 +27,7 @@ from pyro_em.densities.natural import Naturals, State
 from pyro_em.densities.predicted import Predicted
 from pyro_em.densities.priors import LogPrior, log_prior, may_have_priors, point_groups
 from pyro_em.densities.regression import Lines
-from pyro_em.densities.ridge import WithRidge
+from pyro_em.densities.ridge import WithPrior
 from pyro_em.densities.tying import Arguments, arguments_of
 from pyro_em.densities.vector_regression import VectorLines
 from pyro_em.errors import DegenerateError, Finding, Handover, TooFar
@@ -126,7 +126,7 @@ class Theta:
         """Whether a parameter has a prior."""
         if self.prior.counts is not None or self.prior.rest:
             return True
-        return any(isinstance(d, WithRidge) and d.ridge is not None for d in self.owned.values())
+        return any(isinstance(d, WithPrior) and d.in_prior for d in self.owned.values())
 
     @torch.no_grad()
     def enter(self, values: Values) -> At:
@@ -181,7 +181,7 @@ class Theta:
         if self.prior.counts is not None:
             total = float(at.log_prior + self.prior.of_natural(at.natural))
         for g, density in self.owned.items():
-            if isinstance(density, WithRidge) and density.ridge is not None:
+            if isinstance(density, WithPrior) and density.in_prior:
                 total += float(density.log_prior(at.components[g]))
         if not abs(total) < IMPOSSIBLE:
             raise Handover
@@ -322,19 +322,19 @@ def theta_of(
     for name, u in rest.items():
         if u.kind is not None and u.needs_data:
             return Finding(f"parameter '{name}'", f"'{name}' is a {u.kind.value}, which is no sum")
-    ridges = (c.ridge for c in components.values() if isinstance(c, WithRidge))
-    ridged = {name for ridge in ridges if ridge is not None for name in ridge.names}
+    with_prior = (c.in_prior for c in components.values() if isinstance(c, WithPrior))
+    known = {name for names in with_prior for name in names}
     for name in owning:
-        if updates[name].priors and name not in ridged:
+        if updates[name].priors and name not in known:
             return Finding(
                 f"parameter '{name}'", f"'{name}' has a prior, and covariates: no kernel"
             )
-    prior = log_prior(graph, updates, values, vector, ridged)
+    prior = log_prior(graph, updates, values, vector, known)
     if prior is None:
         return Finding("priors", "a prior adds no constant to the sums")
     for name, u in updates.items():
-        is_line = isinstance(u.update, LeastSquares | Newton)
-        if u.priors and not is_line and not may_have_priors(u, graph, name in natural):
+        is_known = isinstance(u.update, LeastSquares | Newton) or name in known
+        if u.priors and not is_known and not may_have_priors(u, graph, name in natural):
             return Finding(f"parameter '{name}'", f"'{name}' has a prior and an upper bound")
     blocks = dict.fromkeys(u.block for u in rest.values() if isinstance(u.update, LeastSquares))
     curved = dict.fromkeys(u.block for u in rest.values() if isinstance(u.update, Newton))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -117,7 +119,7 @@ def test_rule_of_a_median(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(seed)
     x = torch.randint(0, 12, (50, 2)).double()
     weights = torch.randint(0, 3, (3, 50)).double()
-    where = ("", (3, 2), torch.float64)
+    where = medians.Argument((3, 2), ("", (3, 2), torch.float64))
     rows = medians.LaplaceRows(x, None, 3, 2, (2,), where, where)
     for i, own in enumerate(rows._medians(weights)):
         for k in range(3):
@@ -131,3 +133,133 @@ def test_collapse() -> None:
     pyro.clear_param_store()
     with pytest.warns(PyroEMWarning, match="scale.* its variance collapses"):
         ExactPosteriorEM(mixture).fit(x, None, near, max_steps=30)
+
+
+# ---------------------------------------------------------------- shared, masked, known, with priors
+
+
+def one_scale(x: Tensor) -> None:
+    """Of all components and numbers."""
+    w, at, _ = parameters(x, LOC, SCALE)
+    scale = pyro.param("common", x.new_tensor(0.8), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.Laplace(at[z], scale).to_event(1), obs=x)
+
+
+def scale_of_a_number(x: Tensor) -> None:
+    w, at, _ = parameters(x, LOC, SCALE)
+    scale = pyro.param("common", SCALE[0].to(x), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.Laplace(at[z], scale).to_event(1), obs=x)
+
+
+def scale_of_a_component(x: Tensor) -> None:
+    w, at, _ = parameters(x, LOC, SCALE)
+    scale = pyro.param("common", SCALE[0].to(x), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.Laplace(at[z], scale[z].unsqueeze(-1)).to_event(1), obs=x)
+
+
+def known_scale(x: Tensor) -> None:
+    w, at, _ = parameters(x, LOC, SCALE)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.Laplace(at[z], 0.7).to_event(1), obs=x)
+
+
+def masked_rows(x: Tensor) -> None:
+    w, at, scale = parameters(x, LOC, SCALE)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        with poutine.mask(mask=torch.arange(len(x)) % 4 != 1):
+            pyro.sample("x", dist.Laplace(at[z], scale[z]).to_event(1), obs=x)
+
+
+def masked_entries(x: Tensor) -> None:
+    w, at, scale = parameters(x, LOC, SCALE)
+    seen = (torch.arange(x.numel()) % 5 != 3).reshape(x.shape)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.Laplace(at[z], scale[z]).mask(seen).to_event(1), obs=x)
+
+
+def with_a_prior(x: Tensor) -> None:
+    w, at, _ = parameters(x, LOC, SCALE)
+    with pyro.plate("k", 2):
+        scale = pyro.sample("b", dist.InverseGamma(x.new_full((2,), 3.0), 1.5).to_event(1))
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.Laplace(at[z], scale[z]).to_event(1), obs=x)
+
+
+def prior_of_one_scale(x: Tensor) -> None:
+    w, at, _ = parameters(x, LOC, SCALE)
+    scale = pyro.sample("b", dist.InverseGamma(x.new_tensor(3.0), 1.5))
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.Laplace(at[z], scale).to_event(1), obs=x)
+
+
+ALL = (
+    one_scale,
+    scale_of_a_number,
+    scale_of_a_component,
+    known_scale,
+    masked_rows,
+    masked_entries,
+    with_a_prior,
+    prior_of_one_scale,
+)
+
+
+@pytest.mark.parametrize("model", ALL)
+def test_kinds_of_arguments_take_the_steps_of_tables(
+    model: Callable[[Tensor], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evidence of each step, with priors, and all parameters; the kernel to its end."""
+    x, guide = data(83, 1e-9), "map" if "prior" in model.__name__ else None
+    ends = []
+    for chunk in (5, None):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        if chunk is None:
+            monkeypatch.setattr("pyro_em.densities.layout.as_laplace", lambda *_: None)
+        else:
+            monkeypatch.setattr(medians, "_CELLS", 2 * chunk)
+            monkeypatch.setattr(medians, "_FEWEST", chunk)
+        em = ExactPosteriorEM(model, guide)
+        words = "contraction" if chunk is None else "mixture"
+        assert em.plan(x).kernel == words
+        found = em.fit(x, max_steps=5, tol=0)
+        ends.append(([*found.history, found.log_evidence], dict(found.params)))
+    np.testing.assert_allclose(ends[0][0], ends[1][0], rtol=1e-11)
+    torch.testing.assert_close(ends[0][1], ends[1][1], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("model", [masked_entries, with_a_prior])
+def test_kinds_of_arguments_as_blocks(model: Callable[[Tensor], None]) -> None:
+    guide = "map" if model is with_a_prior else None
+    check_block(Mixture, model, data(13, 0.25), states=1, guide=guide)
+
+
+def test_a_scale_in_common_against_numpy() -> None:
+    x = data(211, 1e-9)
+    pyro.clear_param_store()
+    found = ExactPosteriorEM(one_scale).fit(x, max_steps=4, tol=0)
+    y, w, loc, b, evidence = x.numpy(), W.numpy(), LOC.numpy(), 0.8, []
+    for _ in range(5):
+        each = (-np.abs(y[:, None] - loc) / b - np.log(2 * b)).sum(-1)
+        total = np.logaddexp.reduce(np.log(w) + each, 1)
+        evidence.append(total.sum())
+        r = np.exp(np.log(w) + each - total[:, None])
+        for k, i in np.ndindex(*loc.shape):
+            order = np.argsort(y[:, i], kind="stable")
+            sums = np.cumsum(r[order, k])
+            loc = loc.copy()
+            loc[k, i] = y[order, i][np.flatnonzero(sums >= sums[-1] / 2)[0]]
+        b = (r[:, :, None] * np.abs(y[:, None] - loc)).sum() / (2 * r.sum())
+        w = r.sum(0) / r.sum()
+    np.testing.assert_allclose(found.history[:5], evidence[: len(found.history[:5])], rtol=1e-11)

@@ -23,6 +23,7 @@ from pyro_em.densities.density import NormalRows, checked, scattered
 from pyro_em.densities.features import Cells, Known, cells, known
 from pyro_em.densities.gaussian import Gaussian
 from pyro_em.densities.layout import Layout
+from pyro_em.densities.medians import LaplaceRows
 from pyro_em.densities.row_features import Piece, RowFeatures, base_of, pieces_of
 from pyro_em.densities.rules import rule_of
 from pyro_em.densities.theta import At, Theta
@@ -436,7 +437,7 @@ def _factors(
         mask = group.mask
         single = len(group.members) == 1 and (mask is None or mask.shape[2] == 1)
         rule: NormalRows | None = None
-        if g in lines and single and mask is None:
+        if g in lines and single and (mask is None or isinstance(lines[g], LaplaceRows)):
             rule = lines[g]
         elif varies(group):
             return why_not_constant(group)
