@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -163,3 +163,54 @@ def test_mixtures_of_factor_analysers_take_the_steps_of_numpy() -> None:
     for name, value in (("q", q), ("s", s), ("m", m)):
         np.testing.assert_allclose(result.params[name], value, rtol=1e-8)
     np.testing.assert_allclose(result.params["W"][:, 0], W, rtol=1e-8)
+
+
+def with_gaps(x: Tensor) -> None:
+    """Factor analysis of vectors that were seen in part."""
+    W = pyro.param("W", torch.tensor([[1.0, 0.5], [0.2, -1.0], [0.7, 0.4], [-0.5, 0.9]]).double())
+    m = pyro.param("m", torch.zeros(4).double())
+    with pyro.plate("n", len(x)):
+        h = pyro.sample("h", dist.Normal(0.0, torch.ones(2).double()).to_event(1))
+        pyro.sample("x", dist.Normal(h @ W.T + m, _positive("s", torch.ones(4))).to_event(1), obs=x)
+
+
+def known_loadings(x: Tensor) -> None:
+    """Normal vectors seen in part, whose latents have a free covariance: its scale is expanded."""
+    W = torch.tensor([[1.0, 0.5], [0.2, -1.0], [0.7, 0.4], [-0.5, 0.9]]).double()
+    m = pyro.param("m", torch.zeros(4).double())
+    L = pyro.param("L", 0.1 * torch.eye(2).double(), constraint=C.lower_cholesky)
+    S = pyro.param("S", torch.eye(4).double(), constraint=C.positive_definite)
+    with pyro.plate("n", len(x)):
+        h = pyro.sample("h", dist.MultivariateNormal(torch.zeros(2).double(), scale_tril=L))
+        pyro.sample("x", dist.MultivariateNormal(h @ W.T + m, S), obs=x)
+
+
+def subjects(x: Tensor) -> None:
+    """Measurements of each row beside an effect of its own."""
+    mu = pyro.param("mu", torch.zeros(()).double())
+    with pyro.plate("n", len(x), dim=-2):
+        u = pyro.sample("u", dist.Normal(0.0, _positive("t", torch.tensor(0.05))))
+        with pyro.plate("j", 4, dim=-1), pyro.poutine.mask(mask=x < 3):
+            pyro.sample("x", dist.Normal(mu + u, _positive("s", torch.ones(()))), obs=x)
+
+
+@pytest.mark.parametrize("model", [with_gaps, known_loadings, subjects], ids=lambda m: m.__name__)
+def test_gaussian_latents_of_rows_take_expanded_steps_in_parts(model: Callable[..., None]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    h = torch.randn(N, 2, generator=generator, dtype=torch.float64)
+    x = h @ torch.tensor([[2.0, 1.0, 0.5, 0.0], [0.0, -1.0, 1.0, 2.0]]).double() + 5
+    x += torch.randn(N, 4, generator=generator, dtype=torch.float64)
+    if model is not subjects:
+        x[torch.rand(N, 4, generator=generator) < 0.2] = torch.nan
+    found = []
+    for cells in (None, 4 * 7):  # all rows, and seven in a part
+        pyro.clear_param_store()
+        forget_readings()
+        with parted(cells) if cells else nullcontext():
+            em = ExactPosteriorEM(model, missing="nan")
+            found.append(em.fit(x, max_steps=4, tol=0.0, progress=False))
+    whole, some = found
+    assert "chunks" not in str(whole.plan) and "in chunks of rows" in str(some.plan)
+    assert list(some.history) == pytest.approx(list(whole.history), rel=1e-12)
+    for name, value in whole.params.items():
+        torch.testing.assert_close(some.params[name], value, rtol=1e-9, atol=1e-12)

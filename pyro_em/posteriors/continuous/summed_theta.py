@@ -10,7 +10,7 @@ import torch
 
 from pyro_em.errors import DegenerateError, Handover
 from pyro_em.posteriors.at_values import AtValues, ThetaByValues, no_densities
-from pyro_em.reduction.reduction import Whole
+from pyro_em.reduction.reduction import Reduction, Whole
 from pyro_em.tracing.parameters import values_of
 from pyro_em.updates.expectations.statistics import Expectation
 from pyro_em.updates.m_step import MStepState, m_step_over
@@ -45,6 +45,11 @@ class SummedTheta(ThetaByValues[Summed]):
     updates: Mapping[str, ParameterUpdate]
     summable: Summable
 
+    @property
+    def expands(self) -> bool:
+        """Whether an M-step expands the parameters of Gaussian latents."""
+        return False
+
     @abstractmethod
     def e_step(self, at: AtValues[Summed]) -> Summed:
         """The evidence, and the sums of all rows.
@@ -64,9 +69,16 @@ class SummedTheta(ThetaByValues[Summed]):
         nothing = [torch.zeros(()) for _ in self.graph.groups]
         arguments = [dict(g.arguments) for g in self.graph.groups]
         data = DataSums(self.graph, {}, nothing, arguments, no_densities, at.values)
-        graph, running = self.summable.standing_for(expectation.model, data)
+        model = expectation.model
+        graph, first = self.summable.standing_for(model, data)
+        rest = [first]
+
+        def at_e_step() -> Reduction[DataSums]:
+            # An M-step that begins anew has sums on which it has not moved.
+            return Whole(rest.pop() if rest else self.summable.standing_for(model, data)[1])
+
         try:
-            m_step_over(lambda: Whole(running), graph, running.updates, MStepState(), expand=False)
+            m_step_over(at_e_step, graph, first.updates, MStepState(), expand=self.expands)
         except (DegenerateError, AtEdge) as error:
             raise Handover from error
         after = self.enter(values_of(graph.parameters))

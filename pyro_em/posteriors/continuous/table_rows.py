@@ -29,8 +29,10 @@ from pyro_em.posteriors.continuous.summed_theta import Summed, SummedTheta
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.enumeration import contraction_of, e_step
 from pyro_em.posteriors.gaussians.gaussian import GaussianBlock
-from pyro_em.posteriors.gaussians.row_slices import GaussianSlices
+from pyro_em.posteriors.gaussians.row_slices import GaussianSlices, width_of
 from pyro_em.tracing.sites import Role
+from pyro_em.updates.regressions.expansion import expansions_of
+from pyro_em.updates.regressions.shift import shifts_of
 from pyro_em.updates.sums.data_sums import DataSums
 from pyro_em.updates.sums.summable import Summable
 from pyro_em.updates.update import (
@@ -42,7 +44,7 @@ from pyro_em.updates.update import (
     at_other_rows,
 )
 
-_MANY = 2**21  # cells of all rows from which on their tables are worth parting
+_MANY = 2**21  # cells of all rows, or numbers of their matrices, from which on parts are worth it
 
 _CELLS = 2**16  # of the largest table of a part
 
@@ -75,11 +77,18 @@ class TableSlices:
             cells: How many cells the largest table of a part may have.
         """
         plate = graph.structure.data_plate
-        if plate is None or graph.missing or graph.all_data is not None:
+        if plate is None or graph.all_data is not None:
             return None
         if any(plate not in latent.plates for latent in graph.latents.values()):
             return None
         if not all(_is_of_rows(g, plate, as_traced) for g in graph.groups):
+            return None
+        total = graph.dim_size(plate)
+        width = max(_width(group) for group in graph.groups)
+        matrices = [g.nested for g in graph.groups if isinstance(g.nested, GaussianBlock)]
+        # Below no discrete latent matrices of all rows are large though their table is not.
+        dear = max([width, *(width_of(b) for b in matrices if not b.scope)])
+        if dear * total < _MANY:
             return None
         blocks: dict[int, RowSlices | GaussianSlices] = {}
         for g, group in enumerate(graph.groups):
@@ -89,12 +98,10 @@ class TableSlices:
             if slices is None:
                 return None
             blocks[g] = slices
-        total = graph.dim_size(plate)
-        width = max(_width(group) for group in graph.groups)
-        if width * total < _MANY:
-            return None
         most = [cells // width]
-        most += [_MATRICES // b.width for b in blocks.values() if isinstance(b, GaussianSlices)]
+        most += [
+            _MATRICES // width_of(b.block) for b in blocks.values() if isinstance(b, GaussianSlices)
+        ]
         rows = even_slices(total, max(2, min(most)))
         return cls(graph, tuple(rows), blocks)
 
@@ -150,10 +157,18 @@ class TableTheta(SummedTheta):
     Attributes:
         slices: The graph of the E-step, in parts.
         contraction: The order in which the latents of a part are summed.
+        expanded: Whether the parameters of Gaussian latents are expanded, as a step through tables of
+            all rows does.
     """
 
     slices: TableSlices
     contraction: ContractionPlan
+    expanded: bool = False
+
+    @property
+    def expands(self) -> bool:
+        """See `SummedTheta.expands`."""
+        return self.expanded
 
     def e_step(self, at: AtValues[Summed]) -> Summed:
         """See `SummedTheta.e_step`."""
@@ -268,13 +283,34 @@ def table_rows(
     except Handover:
         return None
     differing = {g: _differing(group) for g, group in enumerate(data.graph.groups)}
-    summable = Summable.of(data.graph, data.updates, plate, (), values, differing)
+    # Below discrete latents steps are not expanded: moments of all their values would be added up.
+    expanded = any(
+        isinstance(b, GaussianSlices) and not b.block.scope for b in slices.blocks.values()
+    )
+    beside = [s.group for s in shifts_of(data.graph, data.updates)] if expanded else []
+    summable = Summable.of(data.graph, data.updates, plate, (), values, differing, beside=beside)
     if isinstance(summable, Finding):
         return None
     if not all(_reads_the_same(data.updates[name], slices.graph) for name in summable.solved):
         return None
-    theta = TableTheta(for_updates(first), data.updates, summable, slices, contraction)
+    if expanded and not _may_expand(summable, data):
+        return None
+    theta = TableTheta(for_updates(first), data.updates, summable, slices, contraction, expanded)
     return TableRows(theta, name, words)
+
+
+def _may_expand(summable: Summable, data: DataSums) -> bool:
+    """Whether the parameters that an M-step expands on some rows are expanded on their sums, too."""
+    if any(site.precise or site.scaled for site in summable.lines.values()):
+        return False  # these weigh a latent's mean otherwise than rows do
+    graph, running = summable.standing_for(summable.sums(data), data)
+    pairs = ((data.graph, data.updates), (graph, running.updates))
+    scales = [
+        [(e.latent, e.parameter, e.form, e.children) for e in expansions_of(*pair)]
+        for pair in pairs
+    ]
+    means = [[(s.group, s.children, s.block) for s in shifts_of(*pair)] for pair in pairs]
+    return scales[0] == scales[1] and means[0] == means[1]
 
 
 def _reads_the_same(update: ParameterUpdate, graph: FactorGraph) -> bool:

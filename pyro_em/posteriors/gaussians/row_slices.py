@@ -32,17 +32,12 @@ class GaussianSlices:
 
     @classmethod
     def of(cls, block: GaussianBlock) -> GaussianSlices | None:
-        """That of a block below discrete latents; None where rows do not each read theirs alike.
-
-        Without these a block of all rows is small, and its M-step has parameter expansion, which that
-        of sums has not: random intercepts would take hundreds of steps for ten.
+        """That of a block of rows; None where these do not each read latents of their own alike.
 
         Args:
             block: The block.
         """
         first = block.groups[0]
-        if not block.scope:
-            return None
         if type(block) is not GaussianBlock or not first.n_plates or not block.plates:
             return None
         plate, rows = first.dims[0][0], first.sizes[0]
@@ -58,13 +53,6 @@ class GaussianSlices:
                     return None
         return cls(block)
 
-    @property
-    def width(self) -> int:
-        """About how many numbers the matrices and moments of a row have."""
-        unknowns = sum(_of_row(g) for g in self.block.groups if g.role is Role.GAUSSIAN)
-        data = sum(_of_row(g) for g in self.block.groups if g.role is not Role.GAUSSIAN)
-        return math.prod(self.block.states) * (unknowns + data) * unknowns
-
     def part(self, rows: slice) -> GaussianBlock:
         """The block of some rows."""
         block, size = self.block, rows.stop - rows.start
@@ -75,6 +63,13 @@ class GaussianSlices:
             self._parts[size] = replace(block, groups=groups, lines=lines, sizes=sizes, traced=())
         like = self._parts[size]
         return like.with_groups(tuple(slice_of(g, rows) for g in block.groups))
+
+
+def width_of(block: GaussianBlock) -> int:
+    """About how many numbers the matrices and moments of a row have."""
+    unknowns = sum(_of_row(g) for g in block.groups if g.role is Role.GAUSSIAN)
+    data = sum(_of_row(g) for g in block.groups if g.role is not Role.GAUSSIAN)
+    return math.prod(block.states) * (unknowns + data) * unknowns
 
 
 def _of_row(group: Group) -> int:

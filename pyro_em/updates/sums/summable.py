@@ -40,7 +40,8 @@ class Summable:
         updates: What was decided per parameter.
         plain: Groups whose sufficient statistics are added.
         lines: Normal sites whose mean is a line, by the numbers of their groups.
-        touched: All groups whose density an update changes, those apart that `solved` alone reach.
+        touched: All groups whose density an update changes, or that an M-step reads, those apart that
+            `solved` alone reach.
         solved: Parameters whose arguments differ between rows, and whose closed forms are sums still.
     """
 
@@ -61,6 +62,7 @@ class Summable:
         values: Mapping[str, Tensor],
         differing: Differing,
         may_lack: bool = False,
+        beside: Collection[int] = (),
     ) -> Summable | Finding:
         """How a graph's rows are added up, or why sums of one size do not hold what they say.
 
@@ -72,10 +74,11 @@ class Summable:
             values: The parameters, for their sizes.
             differing: By the number of a group its arguments that differ between rows.
             may_lack: Whether other rows may lack entries that all of these have.
+            beside: Numbers of groups that an M-step reads though no update changes them.
         """
         moved = {n for n, u in updates.items() if not isinstance(u.update, Fixed)}
         regressed = {n for n, u in updates.items() if isinstance(u.update, LeastSquares)}
-        touched = groups_reached(graph, moved)
+        touched = tuple(dict.fromkeys((*groups_reached(graph, moved), *beside)))
         plain, lines, alone = [], {}, dict[int, str]()
         for g in touched:
             if g in outside:
