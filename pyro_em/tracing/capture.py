@@ -1,4 +1,4 @@
-"""Handlers that capture the parameters of a run: what it read, and what it was handed out."""
+"""What captures the parameters of a run: what it read, and what it was handed out."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ class NoTensor(Exception):
         self.name, self.value = name, value
 
 
-class ParameterCapture(Messenger):
+class ParameterCapture:
     """Record every parameter that a model reads, and hand out one detached leaf per name.
+
+    The trace of a run tells it of the messages of parameters, before and after Pyro has seen them.
 
     Args:
         values: Constrained values to hand out instead, possibly attached to an autograd graph.
@@ -57,7 +59,6 @@ class ParameterCapture(Messenger):
         log: OperationLog | None = None,
         begins: bool = False,
     ) -> None:
-        super().__init__()
         self.values = values
         self.hand_out = hand_out
         self.log, self.begins = log, begins
@@ -69,14 +70,6 @@ class ParameterCapture(Messenger):
         self.handed_out: dict[str, torch.Tensor] = {}
         self.noted: dict[str, torch.Tensor] = {}
         self._constraints: dict[str, constraints.Constraint] = {}
-
-    def _process_message(self, msg: Any) -> None:
-        if msg["type"] == "param":  # not looked up for each of many sites
-            self.before(msg)
-
-    def _postprocess_message(self, msg: Any) -> None:
-        if msg["type"] == "param" and self.noted.get(msg["name"]) is not msg["value"]:
-            self.after(msg)
 
     def before(self, msg: Any) -> None:
         """Give the message of a parameter its value, where it is one of the param store."""

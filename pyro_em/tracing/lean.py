@@ -23,7 +23,7 @@ from pyro_em.tracing.capture import ParameterCapture
 from pyro_em.tracing.not_distributions import require_distribution
 from pyro_em.tracing.operations import Unwatched
 from pyro_em.tracing.provenance import Tagged
-from pyro_em.tracing.sites import Role, is_factor, is_latent, role_of
+from pyro_em.tracing.sites import ROLE, Role, is_factor, is_latent, role_of
 
 Aside: TypeAlias = AbstractContextManager[None]
 """A block whose operations are none of the model's, to be opened at any number of sites."""
@@ -53,7 +53,7 @@ class LeanTrace(TraceMessenger):
     """``poutine.trace``; the ``pyro.markov`` contexts that it meets say nothing from then on.
 
     Args:
-        capture: A handler of parameters alone, which none of the many sites has to pass.
+        capture: What captures parameters, and is told of no site.
     """
 
     def __init__(self, capture: ParameterCapture | None = None) -> None:
@@ -194,7 +194,7 @@ class EnumTrace(LeanTrace, EnumMessenger):
         latents: The sites to enumerate, whatever the model says of them; None for those that it
             marks.
         kept: Values of unobserved sites that are not enumerated.
-        capture: A handler of parameters alone.
+        capture: What captures parameters.
         clamped: Sites with ``obs_mask`` whose value is that of their unobserved part in all rows.
 
     Attributes:
@@ -249,7 +249,7 @@ class EnumTrace(LeanTrace, EnumMessenger):
                 infer.pop("num_samples", None)
             else:
                 infer.pop("enumerate", None)
-        if self.draws is not None and role_of(msg) is Role.GAUSSIAN:
+        if self.draws is not None and ROLE in infer and role_of(msg) is Role.GAUSSIAN:
             with self.draws:
                 _draw_as_at_first(msg)
         if infer.get("enumerate") != "parallel" or not _is_all_of_categorical(msg):

@@ -12,6 +12,7 @@ from pyro.ops.provenance import get_provenance, track_provenance
 from torch.distributions import constraints
 
 from pyro_em.tracing import capture as capturing
+from pyro_em.tracing.lean import LeanTrace
 
 
 def test_enumerated_sites_say_their_dimension_and_id() -> None:
@@ -44,7 +45,8 @@ def test_a_param_message_carries_name_constraint_and_unconstrained_leaf() -> Non
     def model():
         return pyro.param("p", torch.tensor(0.3), constraint=constraints.unit_interval)
 
-    with capturing.ParameterCapture() as capture:
+    capture = capturing.ParameterCapture()
+    with LeanTrace(capture):
         value = model()
     p = capture.parameters["p"]
     store = pyro.get_param_store()

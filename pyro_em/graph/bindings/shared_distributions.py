@@ -84,9 +84,10 @@ class SharedDistributions:
 def _is_small(fn: Distribution) -> bool:
     """Whether a distribution that holds no other is surely too small to be shared."""
     sizes = {}
-    for held in vars(fn).values():
-        if isinstance(held, Tensor):
-            sizes[id(held)] = held.numel()
-        elif isinstance(held, (Distribution, list, tuple)) and type(held) is not torch.Size:
-            return False
+    with torch._C.DisableTorchFunction():  # no call of the model's, which a log would see
+        for held in vars(fn).values():
+            if isinstance(held, Tensor):
+                sizes[id(held)] = held.numel()
+            elif isinstance(held, (Distribution, list, tuple)) and type(held) is not torch.Size:
+                return False
     return sum(sizes.values()) < _LEAST
