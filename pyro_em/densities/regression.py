@@ -44,6 +44,11 @@ from pyro_em.updates.update import ClosedForm, LeastSquares, ParameterUpdate
 Values = Mapping[str, Tensor]
 
 
+_NORMAL = ("Normal", "LogNormal")  # of numbers, or of their logarithms
+
+Features = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
 @dataclass(frozen=True, eq=False)
 class Fit(AtCoefficients):
     """Lines at some parameter values.
@@ -74,6 +79,7 @@ class Lines(PlainRows, WithRidge):
         is_shared: Whether all components have one standard deviation.
         full: The places of `unfolding`. # (d * d,)
         squares: Products of the covariates, where these are few; else None. # (P, N)
+        base: What of a log density no parameter reaches: −log x of a LogNormal. # (N,)
     """
 
     x: Tensor
@@ -86,6 +92,7 @@ class Lines(PlainRows, WithRidge):
     is_shared: bool
     full: Tensor = field(init=False)
     squares: Tensor | None = field(init=False)
+    base: Tensor | None = None
 
     def __post_init__(self) -> None:
         d = self.x.shape[0]
@@ -122,24 +129,27 @@ class Lines(PlainRows, WithRidge):
             out[name] = sigma.reshape(shape).to(dtype)
         return out
 
-    def features(self, rows: slice, fit: Fit) -> tuple[Tensor, Tensor, Tensor]:
-        """Covariates, their products and residuals. # (d, rows), (P, rows), (K, rows)"""
+    def features(self, rows: slice, fit: Fit) -> Features:
+        """Covariates, their products, residuals, and what no parameter reaches.
+
+        # (d, rows), (P, rows), (K, rows), (rows,)
+        """
         x = of_rows(self.x, rows)
         squares = products(x) if self.squares is None else self.squares[:, rows]
-        return x, squares, torch.addmm(self.y[:, rows], fit.slopes, x, alpha=-1)
+        base = None if self.base is None else self.base[rows]
+        return x, squares, torch.addmm(self.y[:, rows], fit.slopes, x, alpha=-1), base
 
-    def log_density(
-        self, fit: Fit, features: tuple[Tensor, Tensor, Tensor], onto: Tensor | None = None
-    ) -> Tensor:
+    def log_density(self, fit: Fit, features: Features, onto: Tensor | None = None) -> Tensor:
         """Log densities of some rows, added to what is there. # (K, rows)"""
         constant = -fit.sigma.log() - 0.5 * math.log(2 * math.pi)
         constant = constant if onto is None else constant + onto
+        constant = constant if features[3] is None else constant + features[3]
         standard = features[2] / fit.sigma
         return torch.addcmul(constant, standard, standard, value=-0.5)
 
-    def moments(self, fit: Fit, weights: Tensor, features: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def moments(self, fit: Fit, weights: Tensor, features: Features) -> Tensor:
         """Σ r x xᵀ, Σ r e x and Σ r e² of some rows. # (K, P + d + 1)"""
-        x, squares, e = features
+        x, squares, e, _ = features
         r = weights.to(torch.float64)
         weighted = r * e
         rest = (weighted * e).sum(1, keepdim=True)
@@ -222,7 +232,7 @@ def as_lines(
         K: Number of components.
     """
     group = graph.groups[g]
-    if group.family is None or group.family.name != "Normal" or not group.observed:
+    if group.family is None or group.family.name not in _NORMAL or not group.observed:
         return None
     loc, spread = group.bindings["loc"], group.bindings["scale"]
     if loc.how != "affine" or group.event_dims:
@@ -253,7 +263,12 @@ def as_lines(
         least = least.clamp(min=update.floor)
     which = torch.stack([c for c, _ in parts]).expand(K, -1)
     known = once_each(offset)
-    y = group.value - known if bool(known.any()) else group.value  # which many rows have no copy of
+    y = group.value
+    base: Tensor | None = None
+    if group.family.name == "LogNormal":
+        y = y.to(torch.float64).log()
+        base = -y.reshape(-1)
+    y = y - known if bool(known.any()) else y  # which many rows have no copy of
     y = y.to(torch.float64).movedim(lead, 0)
     y = y.reshape(len(y), -1)
     if len(y) > 1:
@@ -269,6 +284,7 @@ def as_lines(
         least,
         scale is not None and math.prod(scale[1]) == 1,
         ridge=Ridge.of(block, graph, updates, values),
+        base=base,
     )
 
 
