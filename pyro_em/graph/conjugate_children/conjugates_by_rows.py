@@ -48,7 +48,11 @@ class _Rows:
         """That of large data; None where all rows are read at once."""
         run, roles = (given.args, given.kwargs, given.structure), (Role.DATA, Role.CONJUGATE)
         slices = Slices.of(*run, roles, _MANY, _SLICE)
-        return None if slices is None else cls(given, slices)
+        if slices is None:
+            return None
+        # A slice holds as many numbers of vectors as of single ones.
+        width = max(math.prod(a.shape[1:]) for a in slices.args[: slices.parted])
+        return cls(given, replace(slices, most=max(2, slices.most // max(width, 1))))
 
     def axis(self, latent: str) -> int | None:
         """The dimension of the rows in a latent's value; None where it is outside of their plate."""

@@ -73,10 +73,11 @@ class Slices:
             return None
         rows = structure.plates[plate].size
         cells = max(_cells_of_row(structure, name) for name in structure.sites)
+        numbers = max(_numbers_of_row(structure, name, plate) for name in structure.sites)
         given = [i.role for i in structure.sites.values() if i.observed]
         # At its unit a conjugate latent makes a number of each row of what is the same in all.
         least = _MANY // 8 if Role.CONJUGATE in given else _MANY
-        if cells * rows < (many or least) or any(role not in roles for role in given):
+        if numbers * rows < (many or least) or any(role not in roles for role in given):
             return None
         parted = 0
         while parted < len(args) and _rows(args[parted]) == rows:
@@ -140,3 +141,9 @@ def _cells_of_row(structure: Structure, name: str) -> int:
 
 def _rows(value: Any) -> int | None:
     return len(value) if isinstance(value, Tensor) and value.dim() else None
+
+
+def _numbers_of_row(structure: Structure, name: str, plate: str) -> int:
+    """The same, as often as a row has elements of other plates."""
+    inner = (structure.plates[p].size for p in structure.sites[name].plates if p != plate)
+    return _cells_of_row(structure, name) * math.prod(inner)
