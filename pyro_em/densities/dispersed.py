@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -150,7 +150,7 @@ class DispersedRows(Predicted):
         within, across = beta.new_zeros(K * d, d), beta.new_zeros(K, d)
         for begin in range(0, N, step):
             rows = slice(begin, min(begin + step, N))
-            x, r = of_rows(self.x, rows), weights[:, rows]
+            x, r = of_rows(self.x, rows), weights[:, rows].to(torch.float64)
             own = self._of_rows(self._eta(slopes, rows), r, s.unsqueeze(-1), rows)
             plain += own[0]
             level += own[1]
@@ -194,6 +194,19 @@ class DispersedRows(Predicted):
         """
 
 
+def _in_parts(weights: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Responsibilities of some rows at a time, in double precision: those of many are kept in single.
+
+    Args:
+        weights: # (K, N)
+    """
+    K, N = weights.shape
+    step = max(256, CELLS // K)
+    for begin in range(0, N, step):
+        rows = slice(begin, min(begin + step, N))
+        yield rows, weights[:, rows].to(torch.float64)
+
+
 @dataclass(eq=False)
 class GammaRows(DispersedRows):
     """Gammas: ζ is the logarithm of the rate.
@@ -221,7 +234,13 @@ class GammaRows(DispersedRows):
         return out if onto is None else out.add_(onto)
 
     def _weighed(self, weights: Tensor) -> Weighed:
-        return weights.sum(-1), weights @ self.log_y, weights @ self.x.T
+        mass, logs = self.x.new_zeros(2, len(weights), dtype=torch.float64)
+        sums = mass.new_zeros(len(weights), len(self.x))
+        for rows, r in _in_parts(weights):
+            mass += r.sum(-1)
+            logs += r @ self.log_y[rows]
+            sums += r @ of_rows(self.x, rows).T
+        return mass, logs, sums
 
     def _of_rows(self, eta: Tensor, r: Tensor, s: Tensor, rows: slice) -> OfRows:
         mean = eta.exp().mul_(self.y[rows]).mul_(r)
@@ -269,8 +288,10 @@ class CountRows(DispersedRows):
         return out if onto is None else out.add_(onto)
 
     def _weighed(self, weights: Tensor) -> Weighed:
-        found = weights.new_zeros(len(weights), len(self.counts))
-        return (found.index_add_(1, self.which, weights),)
+        found = weights.new_zeros(len(weights), len(self.counts), dtype=torch.float64)
+        for rows, r in _in_parts(weights):
+            found.index_add_(1, self.which[rows], r)
+        return (found,)
 
     def _of_rows(self, eta: Tensor, r: Tensor, s: Tensor, rows: slice) -> OfRows:
         y, p = self.y[rows], torch.sigmoid(eta)

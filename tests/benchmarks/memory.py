@@ -101,6 +101,17 @@ def laplaces(x: Tensor, start: Tensor) -> None:
         pyro.sample("x", dist.Laplace(a[z], b[z]), obs=x)
 
 
+def vectors(x: Tensor, start: Tensor) -> None:
+    """Student vectors with full matrices."""
+    K, D = start.shape
+    p, mu = _weights(K), pyro.param("mu", start.clone())
+    nu = pyro.param("nu", torch.full((K,), 5.0).double(), constraint=C.positive)
+    L = pyro.param("L", torch.eye(D).double().repeat(K, 1, 1), constraint=C.lower_cholesky)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(p))
+        pyro.sample("x", dist.MultivariateStudentT(nu[z], mu[z], L[z]), obs=x)
+
+
 def weibulls(x: Tensor, start: Tensor) -> None:
     """Weibull distributions."""
     p, a = _weights(len(start)), pyro.param("a", start.clone(), constraint=C.positive)
@@ -309,6 +320,7 @@ MODELS: dict[str, tuple[str, Callable[..., None], Callable[[int], Any], dict[str
     ),
     "tails": ("Student by conjugate scales", tails, lambda rows: data("tails", rows), {}),
     "students": ("the same in a mixture", students, _spread("students"), {}),
+    "vectors": ("Student vectors, full", vectors, _clusters, {}),
     "rates": ("Poisson with conjugate rates", rates, _spread("rates"), {}),
     "betas": ("Beta", betas, _spread("betas"), {}),
     "laplaces": ("Laplace", laplaces, _spread("laplaces"), {}),

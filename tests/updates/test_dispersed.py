@@ -16,6 +16,7 @@ from torch.distributions import constraints as C
 
 from pyro_em import Chunks, ExactPosteriorEM, Fixed, PyroEMWarning
 from pyro_em.families import predicted
+from pyro_em.posteriors.mixtures import row_factors
 
 N = 48
 I = np.arange(N)
@@ -129,6 +130,22 @@ def test_a_mixture_takes_the_steps_of_numpy_in_one_piece_and_in_chunks() -> None
     chunks = Chunks(tensor(X), tensor(COUNTS), rows=20)
     parts = ExactPosteriorEM(mixture(COUNTED["by the mean"])).fit(chunks, max_steps=2, tol=0)
     np.testing.assert_allclose([*parts.history, parts.log_evidence], expected, atol=2e-7)
+
+
+@pytest.mark.parametrize(
+    ("density", "y"), [(GAMMAS["over the mean"], WAITS), (COUNTED["by the logits"], COUNTS)]
+)
+def test_many_rows_whose_weights_are_kept_in_single_precision_are_summed_in_double(
+    density: Density, y: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, rows, found = tensor(np.tile(X, (9, 1))), tensor(np.tile(y, 9)), []
+    for many in (2**60, 0):
+        monkeypatch.setattr(row_factors, "_MANY", many)
+        pyro.clear_param_store()
+        found.append(ExactPosteriorEM(mixture(density)).fit(x, rows, max_steps=3, tol=0))
+    wide, single = (np.array([*r.history, r.log_evidence]) for r in found)
+    assert bool((wide[1:] != single[1:]).any())
+    np.testing.assert_allclose(single, wide, rtol=1e-8)
 
 
 @pytest.mark.parametrize("name", GAMMAS)
