@@ -13,6 +13,7 @@ all of it, and h, which is what is left over, is taken at one argument and check
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -178,7 +179,8 @@ def _base(
             elements=None if group.elements is None else some(group.elements),
         )
         given = {a: some(c) for a, c in constants.items()}
-        bases = [_rest(part, rule, name, given, some(n), some(d), which) for which in (0, 1)]
+        features = rule.kind.form.features(some(n), some(d))
+        bases = [_rest(part, rule, name, given, some(n), features, which) for which in (0, 1)]
         one, other = (b if part.mask is None else torch.where(part.mask, b, 0.0) for b in bases)
         if not torch.allclose(one, other, rtol=1e-9, atol=1e-9):
             return None
@@ -197,7 +199,7 @@ def _rest(
     name: str,
     constants: dict[str, Tensor],
     n: Tensor,
-    d: Tensor,
+    features: Sequence[Tensor],
     which: int,
 ) -> Tensor:
     """log p(x | a) less its linear form, at one of two arguments inside. # (members, *sizes or 1s)"""
@@ -206,7 +208,7 @@ def _rest(
     a = form.inside(n.new_empty(event), which)
     parts = [
         feature @ eta if event else feature * eta
-        for feature, eta in zip(form.features(n, d), form.natural_parameters(a), strict=True)
+        for feature, eta in zip(features, form.natural_parameters(a), strict=True)
     ]
     argument = a.reshape((1,) * (n.dim() - len(event)) + a.shape)
     wide = {k: c.to(torch.float64) for k, c in constants.items()}
