@@ -13,12 +13,7 @@ from pyro_em.graph.unregistered import unregistered_notes
 from pyro_em.plan.cost import contraction_from_structure
 from pyro_em.plan.hyperparameters import unbounded_joints
 from pyro_em.plan.known_updates import known_updates
-from pyro_em.plan.notes import (
-    large_matrices,
-    sites_without_data,
-    support_edges,
-    unconstrained_simplexes,
-)
+from pyro_em.plan.notes import notes_on_graph, notes_on_updates
 from pyro_em.plan.program import Program, later_kernel
 from pyro_em.plan.task import Task
 from pyro_em.plan.wishes import matched
@@ -66,7 +61,7 @@ def decided(
         if not task.look_only:  # else no binding is known, and no M-step follows
             updates, of_updates = _updates(task, requested, graph)
             notes += of_updates
-        notes += (*sites_without_data(graph, structure), *large_matrices(graph))
+        notes += notes_on_graph(graph, structure)
     leaves = [p.unconstrained for p in graph.parameters.values()]
     return Program(
         task.model,
@@ -106,8 +101,7 @@ def _decided_anew(
         reason = f"{updates[e.parameter].reason}, with parameter expansion"
         updates[e.parameter] = replace(updates[e.parameter], reason=reason)
     fixed = {n for n, u in updates.items() if isinstance(u.update, Fixed)}
-    notes = [*unbounded_joints(apart, fixed), *unconstrained_simplexes(apart, updates)]
-    return updates, (*notes, *support_edges(apart, updates))
+    return updates, (*unbounded_joints(apart, fixed), *notes_on_updates(apart, updates))
 
 
 def _contraction(structure: Structure, graph: FactorGraph) -> ContractionPlan:

@@ -24,7 +24,17 @@ _COPIES = 22  # matrices of that size that an E-step and an M-step hold (measure
 _PRODUCTS = 1e10  # products of numbers a second in one thread, as solvers of this size make them
 
 
-def large_matrices(graph: FactorGraph) -> list[str]:
+def notes_on_graph(graph: FactorGraph, structure: Structure) -> tuple[str, ...]:
+    """What there is to say of sites and latents, whatever is decided of parameters."""
+    return (*_sites_without_data(graph, structure), *_large_matrices(graph))
+
+
+def notes_on_updates(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> tuple[str, ...]:
+    """What there is to say of parameters once their updates are decided."""
+    return (*_unconstrained_simplexes(graph, updates), *_support_edges(graph, updates))
+
+
+def _large_matrices(graph: FactorGraph) -> list[str]:
     """Gaussian latents that are coupled in one large dense matrix, with what a step then takes."""
     found = []
     for group in graph.groups:
@@ -82,7 +92,7 @@ def unbounded_priors(program: Program) -> list[str]:
     return found
 
 
-def unconstrained_simplexes(
+def _unconstrained_simplexes(
     graph: FactorGraph, updates: Mapping[str, ParameterUpdate]
 ) -> list[str]:
     """Probabilities without a constraint: they are normalised, but counted as free numbers."""
@@ -101,7 +111,7 @@ def unconstrained_simplexes(
     ]
 
 
-def support_edges(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> list[str]:
+def _support_edges(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> list[str]:
     """Parameters at which the support of the data ends, and that a gradient is to move."""
     where: dict[str, Group] = {}
     for group in graph.groups:
@@ -131,7 +141,7 @@ def support_edges(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) ->
     ]
 
 
-def sites_without_data(graph: FactorGraph, structure: Structure) -> list[str]:
+def _sites_without_data(graph: FactorGraph, structure: Structure) -> list[str]:
     """Observed sites all of whose entries are missing, in all steps where they are steps."""
     if not any(m.entries == m.of for m in graph.missing):
         return []

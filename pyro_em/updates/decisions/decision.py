@@ -7,13 +7,7 @@ from dataclasses import replace
 
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.updates.decisions.strongest import strongest_updates
-from pyro_em.updates.decisions.together import (
-    with_least_squares,
-    with_met_ends,
-    with_newton,
-    with_newton_on_sums,
-)
-from pyro_em.updates.regressions.mixed import with_mixed
+from pyro_em.updates.decisions.together import solved_together
 from pyro_em.updates.update import (
     EXACT,
     ClosedForm,
@@ -55,9 +49,7 @@ def decide_updates(
             decided[name] = ParameterUpdate(name, default, strongest.reason)
         else:
             decided[name] = strongest if wish is None else _granted(strongest, wish)
-    decided = with_met_ends(graph, decided, default)
-    decided = with_newton(graph, with_least_squares(graph, with_mixed(graph, decided)))
-    return with_newton_on_sums(graph, decided, default)
+    return solved_together(graph, decided, default)
 
 
 def _granted(strongest: ParameterUpdate, wish: Update) -> ParameterUpdate:

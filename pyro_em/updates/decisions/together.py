@@ -14,6 +14,7 @@ from pyro_em.updates.decisions.appearances import is_joint
 from pyro_em.updates.decisions.strongest import strongest_updates
 from pyro_em.updates.linear_cells.coordinates import Coordinates
 from pyro_em.updates.linear_cells.placed import cells_of, size_of
+from pyro_em.updates.regressions.mixed import with_mixed
 from pyro_em.updates.regressions.predictors import predictors_of
 from pyro_em.updates.update import (
     ClosedForm,
@@ -32,7 +33,23 @@ _WIDEST = 2**20  # second derivatives of all cells in which rows of simplexes me
 _LARGEST = 2**24  # second derivatives of one block of Newton's method on sums
 
 
-def with_least_squares(
+def solved_together(
+    graph: FactorGraph, decided: Mapping[str, ParameterUpdate], default: Gradient | None
+) -> dict[str, ParameterUpdate]:
+    """What was decided for each parameter by itself, with what is solved for together.
+
+    Args:
+        graph: The factor graph.
+        decided: What was decided for each parameter.
+        default: The gradient update where there is no closed form; L-BFGS if None.
+    """
+    out = with_mixed(graph, _with_met_ends(graph, decided, default))
+    return _with_newton_on_sums(
+        graph, _with_newton(graph, _with_least_squares(graph, out)), default
+    )
+
+
+def _with_least_squares(
     graph: FactorGraph, before: Mapping[str, ParameterUpdate]
 ) -> dict[str, ParameterUpdate]:
     """Blocks of least squares: coefficients that share a mean, and the means that stand beside them."""
@@ -63,7 +80,7 @@ def with_least_squares(
     return decided
 
 
-def with_newton(
+def _with_newton(
     graph: FactorGraph, before: Mapping[str, ParameterUpdate]
 ) -> dict[str, ParameterUpdate]:
     """Blocks of Newton's method on data: coefficients that share a linear predictor."""
@@ -78,7 +95,7 @@ def with_newton(
     return decided
 
 
-def with_met_ends(
+def _with_met_ends(
     graph: FactorGraph, before: Mapping[str, ParameterUpdate], default: Gradient | None
 ) -> dict[str, ParameterUpdate]:
     """Pairs of parameters that both ends of a support are made of: both of them, or none."""
@@ -91,7 +108,7 @@ def with_met_ends(
     return out
 
 
-def with_newton_on_sums(
+def _with_newton_on_sums(
     graph: FactorGraph, decided: Mapping[str, ParameterUpdate], default: Gradient | None
 ) -> dict[str, ParameterUpdate]:
     """Blocks of Newton's method on sums: all parameters of a density.
