@@ -9,7 +9,8 @@ A group of factors is evaluated in one of these ways, the first that fits (`layo
     medians      Laplace components, whose M-step reads the data in their order (`medians`)
     components   arguments that differ between components only: `gaussian` (its own M-step `components`,
                  of few numbers `small_components`), also with missing entries by
-                 their patterns (`incomplete`) or feature by feature (`masked`), `counts`, `student`,
+                 their patterns (`incomplete`) or feature by feature (`masked`), `counts` (out of trials
+                 of each row `trials`), `student`,
                  `student_vectors`, `weibull`, other exponential families (`exponential`)
     others       the family's own density and statistics (`theta`)
 

@@ -25,6 +25,7 @@ from pyro_em.graph.findings.another_model import require_same
 from pyro_em.graph.findings.side_effects import refused_clearing
 from pyro_em.graph.forms import FEW, forms_of
 from pyro_em.graph.layout import FactorLayout
+from pyro_em.graph.many_rows.alike_rows import with_parameters_once
 from pyro_em.graph.many_rows.by_rows import Sites, by_rows
 from pyro_em.graph.many_rows.slices import Slices, on_rows_of
 from pyro_em.graph.stacking import Batch, Factor, stacked
@@ -132,7 +133,7 @@ def trace_graph(
     batches = [p for p in pieces if isinstance(p, Batch)]
     factors = _count_where_needed([p for p in pieces if isinstance(p, Factor)], structure)
     order = {name: i for i, name in enumerate(structure.sites)}
-    groups = tuple(stacked([*batches, *factors], order))
+    groups = tuple(map(with_parameters_once, stacked([*batches, *factors], order)))
     graph = FactorGraph(structure, latents, groups, run.parameters, missing_of(run.sites))
     return with_diagonals(graph)
 

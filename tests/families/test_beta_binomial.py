@@ -21,6 +21,7 @@ I = np.arange(48)
 TRIALS = 12
 SHARES = stats.beta.ppf((0.618034 * I + 0.3) % 1, *np.where(I % 3, [[1.2], [3.0]], [[3.5], [1.1]]))
 WON = np.sort(np.round(TRIALS * SHARES))  # the first chunk has lower counts than the last
+OWN = TRIALS + np.where(I % 3, I % 5, 9)  # a number of trials of each row
 
 
 def tensor(a: Any) -> Tensor:
@@ -31,33 +32,34 @@ def param(name: str, value: Any, constraint: C.Constraint = C.positive) -> Tenso
     return pyro.param(name, tensor(value), constraint=constraint)
 
 
-def alone(x: Tensor, by_mean: bool = False) -> None:
+def alone(x: Tensor, by_mean: bool = False, trials: Any = TRIALS) -> None:
     if by_mean:
         m, k = param("m", 0.5, C.unit_interval), param("k", 3.0)
-        fn = dist.BetaBinomial(m * k, (1 - m) * k, total_count=TRIALS)
+        fn = dist.BetaBinomial(m * k, (1 - m) * k, total_count=trials)
     else:
-        fn = dist.BetaBinomial(param("a", 1.0), param("b", 1.0), total_count=TRIALS)
+        fn = dist.BetaBinomial(param("a", 1.0), param("b", 1.0), total_count=trials)
     with pyro.plate("n", len(x)):
         pyro.sample("x", fn, obs=x)
 
 
-def two_kinds(x: Tensor) -> None:
+def two_kinds(x: Tensor, trials: Any = TRIALS) -> None:
     p = param("p", [0.4, 0.6], C.simplex)
     with pyro.plate("n", len(x)):
         z = pyro.sample("z", dist.Categorical(p))
         a, b = param("a", [1.0, 4.0])[z], param("b", [3.0, 1.0])[z]
-        pyro.sample("x", dist.BetaBinomial(a, b, total_count=TRIALS), obs=x)
+        pyro.sample("x", dist.BetaBinomial(a, b, total_count=trials), obs=x)
 
 
+@pytest.mark.parametrize("trials", [TRIALS, OWN], ids=["one number", "of each row"])
 @pytest.mark.parametrize("by_mean", [False, True])
-def test_one_step_is_scipys_maximum(by_mean: bool) -> None:
+def test_one_step_is_scipys_maximum(by_mean: bool, trials: Any) -> None:
     def loss(u: np.ndarray) -> float:
-        return -float(stats.betabinom.logpmf(WON, TRIALS, *np.exp(u)).sum())
+        return -float(stats.betabinom.logpmf(WON, trials, *np.exp(u)).sum())
 
     best = optimize.minimize(loss, [0.0, 0.0], method="BFGS", options={"gtol": 1e-8})
     a, b = np.exp(best.x)
     em = ExactPosteriorEM(alone)
-    result = em.fit(tensor(WON), by_mean, max_steps=1, tol=0)
+    result = em.fit(tensor(WON), by_mean, tensor(trials), max_steps=1, tol=0)
     assert {type(u.update).__name__ for u in result.plan.updates.values()} == {"NewtonOnSums"}
     assert result.log_evidence == pytest.approx(-best.fun, abs=1e-9)
     known = {"m": a / (a + b), "k": a + b} if by_mean else {"a": a, "b": b}
@@ -65,12 +67,13 @@ def test_one_step_is_scipys_maximum(by_mean: bool) -> None:
         assert float(result.params[name]) == pytest.approx(value, rel=1e-5)
 
 
-def test_a_mixture_follows_an_em_whose_m_steps_are_scipys() -> None:
+@pytest.mark.parametrize("trials", [TRIALS, OWN], ids=["one number", "of each row"])
+def test_a_mixture_follows_an_em_whose_m_steps_are_scipys(trials: Any) -> None:
     p, u, steps = np.array([0.4, 0.6]), np.log([[1.0, 3.0], [4.0, 1.0]]), 3
     evidence = []
 
     def log_p(u: np.ndarray) -> np.ndarray:
-        return np.asarray(stats.betabinom.logpmf(WON, TRIALS, *np.exp(u)))
+        return np.asarray(stats.betabinom.logpmf(WON, trials, *np.exp(u)))
 
     for _ in range(steps + 1):
         joint = np.stack([np.log(p[k]) + log_p(u[k]) for k in range(2)])
@@ -83,11 +86,12 @@ def test_a_mixture_follows_an_em_whose_m_steps_are_scipys() -> None:
                 return -float((w * log_p(v)).sum())
 
             u[k] = optimize.minimize(loss, u[k], method="BFGS", options={"gtol": 1e-7}).x
-    x = tensor(WON)
-    result = ExactPosteriorEM(two_kinds).fit(x, max_steps=steps, tol=0)
+    data = (tensor(WON),) if trials is TRIALS else (tensor(WON), tensor(trials))
+    result = ExactPosteriorEM(two_kinds).fit(*data, max_steps=steps, tol=0)
+    assert result.plan.kernel == "mixture"
     assert [*result.history, result.log_evidence] == pytest.approx(evidence, abs=1e-6)
     pyro.clear_param_store()
-    parts = ExactPosteriorEM(two_kinds).fit(Chunks(x, rows=20), max_steps=steps, tol=0)
+    parts = ExactPosteriorEM(two_kinds).fit(Chunks(*data, rows=20), max_steps=steps, tol=0)
     assert list(parts.history) == pytest.approx(list(result.history), rel=1e-12)
 
 

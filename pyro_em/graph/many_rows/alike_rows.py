@@ -21,6 +21,18 @@ def with_alike_once(group: Group) -> Group:
     """
     if not group.n_plates or group.sizes[0] < _MANY or group.nested is not None:
         return group
+    return _with_alike_once(group)
+
+
+def with_parameters_once(group: Group) -> Group:
+    """The same of counts out of trials, whose distribution expands parameters to the trials of rows."""
+    family = group.family
+    if family is None or family.natural is None or family.natural.levels is None:
+        return group
+    return _with_alike_once(group) if group.n_plates and group.nested is None else group
+
+
+def _with_alike_once(group: Group) -> Group:
     later = group.arguments if isinstance(group.arguments, LaterArguments) else None
     held = dict(group.arguments if later is None else later.held)
     bindings = dict(group.bindings)

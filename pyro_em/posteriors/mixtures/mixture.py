@@ -27,6 +27,7 @@ from pyro_em.densities.medians import LaplaceRows
 from pyro_em.densities.row_features import Piece, RowFeatures, base_of, pieces_of
 from pyro_em.densities.rules import rule_of
 from pyro_em.densities.theta import At, Theta
+from pyro_em.densities.trials import as_trials
 from pyro_em.errors import Finding
 from pyro_em.graph.factors import FactorGraph, Group, Latent
 from pyro_em.posteriors.block import Component, Values
@@ -439,6 +440,8 @@ def _factors(
         rule: NormalRows | None = None
         if g in lines and single and (mask is None or isinstance(lines[g], LaplaceRows)):
             rule = lines[g]
+        elif single and (trials := as_trials(group, K, graph.all_data)) is not None:
+            rule = trials
         elif varies(group):
             return why_not_constant(group)
         elif single:
