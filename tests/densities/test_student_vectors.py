@@ -21,6 +21,7 @@ from pyro_em.densities import rules
 from pyro_em.densities.student_vectors import StudentVectorRows
 from pyro_em.posteriors.mixtures.mixture import Mixture
 from pyro_em.testing import check_block
+from pyro_em.updates.update import Gradient
 
 W = torch.tensor([0.4, 0.6], dtype=torch.float64)
 MU = torch.tensor([[-1.0, 0.5], [2.0, 1.0]], dtype=torch.float64)
@@ -140,3 +141,14 @@ def test_single_precision() -> None:
     history, _ = numpy_steps(x.double().numpy(), 5)
     result = ExactPosteriorEM(model).fit(x, max_steps=5, tol=0)
     assert list(result.history) == pytest.approx(history, rel=2e-6)
+
+
+def test_vectors_without_latents_are_found_in_one_climb() -> None:
+    def model(x: Tensor) -> None:
+        mu = pyro.param("mu", MU[0].clone())
+        tril = pyro.param("tril", TRIL[0].clone(), constraint=C.lower_cholesky)
+        with pyro.plate("n", len(x)):
+            pyro.sample("x", dist.MultivariateStudentT(3.0, mu, tril), obs=x)
+
+    updates = ExactPosteriorEM(model).plan(data(5)).updates
+    assert all(isinstance(u.update, Gradient) for u in updates.values())

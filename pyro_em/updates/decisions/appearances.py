@@ -131,10 +131,10 @@ class Appearances:
             self.predicted.append(place)
             if not is_real(constraint):
                 self._weaken(f"its constraint {constraint} bounds {where}")
+        elif _is_one_climb(graph, group):
+            self._weaken(f"no closed form is known for it in {where}")
         elif family.natural is not None and argument not in family.rules:
             self.joint.append(place)
-            if family.natural.is_augmented and not _reads_a_latent(graph, group):
-                self._weaken(f"no closed form is known for it in {where}")
             if binding.how != "selection":
                 self._weaken(f"{where} is {binding.how} in it")
         elif argument == family.degrees:
@@ -155,7 +155,7 @@ class Appearances:
         """An argument of a density whose sums tell all arguments together."""
         assert group.family is not None
         place, form = f"{group.distribution}.{argument}", group.family.joint_form
-        if form is not None and form.is_augmented and not _reads_a_latent(self.graph, group):
+        if form is not None and _is_one_climb(self.graph, group):
             self._weaken(f"no closed form is known for it in {place} at '{group.members[0]}'")
         use = None
         if binding.how == "selection" and argument in group.family.rules:
@@ -187,9 +187,15 @@ def _why_not_plain(binding: Binding, name: str, where: str) -> str:
     return f"{where} is a function of it" if selection.maps or selection.factor is not None else ""
 
 
-def _reads_a_latent(graph: FactorGraph, group: Group) -> bool:
-    """Whether a group is one of the components of a mixture: else one climb finds its maximum."""
-    return any(d in graph.latents for dims in group.dims for d in dims)
+def _is_one_climb(graph: FactorGraph, group: Group) -> bool:
+    """Whether one climb finds the maximum of a group whose own E-step takes more in than latents.
+
+    It reads none: of a mixture's components the M-step raises the evidence just so.
+    """
+    form = None if group.family is None else group.family.natural
+    if form is None or not form.is_augmented:
+        return False
+    return not any(d in graph.latents for dims in group.dims for d in dims)
 
 
 def _is_predicted(graph: FactorGraph, g: int, argument: str, name: str) -> bool:
