@@ -38,8 +38,9 @@ from pyro_em.updates.expectations.statistics import NATURAL, Expectation, as_flo
 from pyro_em.updates.regressions.curves import CurveSolver
 from pyro_em.updates.regressions.least_squares import LineSolver
 from pyro_em.updates.regressions.predictors import Predictor, predictors_of
+from pyro_em.updates.sums.climb_on_sums import ClimbSolver
 from pyro_em.updates.sums.newton_on_sums import AtEdge, Further, NewtonSolver
-from pyro_em.updates.update import LeastSquares, Newton, NewtonOnSums, ParameterUpdate
+from pyro_em.updates.update import Gradient, LeastSquares, Newton, NewtonOnSums, ParameterUpdate
 
 Values = Mapping[str, Tensor]
 
@@ -91,7 +92,7 @@ class Theta:
     normals: Mapping[int, NormalRows]
     naturals: Naturals | None
     owned: Mapping[int, NormalSolver]
-    solvers: Sequence[Solver | LineSolver | CurveSolver | NewtonSolver]
+    solvers: Sequence[Solver | LineSolver | CurveSolver | NewtonSolver | ClimbSolver]
     evaluators: Sequence[Mapping[str, Arguments]]
     others: tuple[int, ...]
     reached: tuple[int, ...]
@@ -251,6 +252,10 @@ class Theta:
                     new = solver.solve(statistics, current, values)
                 if not all(bool(torch.isfinite(v).all()) for v in new.values()):
                     raise Handover
+            elif isinstance(solver, ClimbSolver):
+                new = solver.solve(statistics, current, values)
+                if not all(bool(torch.isfinite(v).all()) for v in new.values()):
+                    raise Handover
             else:
                 name = solver.update.name
                 value, empty = solver.solve(statistics, current, values[name])
@@ -351,9 +356,16 @@ def theta_of(
     closed = solvers_of(rest, graph, values)
     joint = dict.fromkeys(u.block for u in rest.values() if isinstance(u.update, NewtonOnSums))
     newton = [NewtonSolver(block, graph) for block in joint]
-    solvers: list[Solver | LineSolver | CurveSolver | NewtonSolver] = [*lines, *closed, *newton]
+    climbed: dict[Gradient, list[str]] = {}
+    for name, u in rest.items():
+        if isinstance(u.update, Gradient):
+            climbed.setdefault(u.update, []).append(name)
+    evaluators = [arguments_of(group, values) for group in graph.groups]
+    climbs = [ClimbSolver(tuple(names), u, graph, evaluators) for u, names in climbed.items()]
+    solvers: list[Solver | LineSolver | CurveSolver | NewtonSolver | ClimbSolver]
+    solvers = [*lines, *closed, *newton, *climbs]
     solved = {name for line in lines for name in line.block} | {s.update.name for s in closed}
     solved |= {name for block in joint for name in block}
+    solved |= {name for names in climbed.values() for name in names}
     reached = tuple(g for g in others if solved.intersection(graph.groups[g].params))
-    evaluators = [arguments_of(group, values) for group in graph.groups]
     return Theta(graph, normals, vector, components, solvers, evaluators, others, reached, prior)

@@ -33,6 +33,11 @@ from pyro_em.families.form import Curve, Form, Spread
 from pyro_em.families.short_rows import log_softmax
 
 
+def _times_log(n: Tensor, a: Tensor) -> Tensor:
+    """n log a, zero with a slope of zero where nothing was counted: there may be zeros in a."""
+    return torch.xlogy(n, torch.where(n != 0, a, 1.0))
+
+
 class Mean(Form):
     """A number that is a location."""
 
@@ -166,7 +171,7 @@ class Probability(Form):
 
     def expected(self, n: Tensor, d: Tensor, a: Tensor) -> Tensor:
         """See `Form.expected`."""
-        return (torch.xlogy(n, a) + torch.xlogy((d - n).clamp(min=0), 1 - a)).sum()
+        return (_times_log(n, a) + _times_log((d - n).clamp(min=0), 1 - a)).sum()
 
     def outside(self, n: Tensor, d: Tensor) -> Tensor:
         """See `Form.outside`."""
@@ -207,7 +212,7 @@ class Rate(Form):
             >>> Rate().expected(n, d, torch.tensor(3.0)) > Rate().expected(n, d, torch.tensor(2.9))
             tensor(True)
         """
-        return (torch.xlogy(n, a) - d * a).sum()
+        return (_times_log(n, a) - d * a).sum()
 
     def exposed(self, n: Tensor, d: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         """See `Form.exposed`."""
@@ -245,7 +250,7 @@ class Simplex(Form):
 
     def expected(self, n: Tensor, d: Tensor, a: Tensor) -> Tensor:
         """See `Form.expected`."""
-        return torch.xlogy(n, a).sum()
+        return _times_log(n, a).sum()
 
     def outside(self, n: Tensor, d: Tensor) -> Tensor:
         """See `Form.outside`."""

@@ -17,6 +17,7 @@ from pyro_em.graph.bindings.named_leaves import NamedLeaves
 from pyro_em.graph.bindings.shared_distributions import SharedDistributions
 from pyro_em.graph.bindings.signatures import KeptSelections, Recurring
 from pyro_em.graph.clamps import with_clamps
+from pyro_em.graph.computed_arguments import with_computed
 from pyro_em.graph.diagonals import with_diagonals
 from pyro_em.graph.enumerated import more_than_torch_has, run_enumerated
 from pyro_em.graph.factors import FIXED_SIZE, FactorGraph, Latent
@@ -33,7 +34,7 @@ from pyro_em.graph.structure import Structure
 from pyro_em.graph.unrecorded import outside_support
 from pyro_em.graph.vectorised_loops.unrolled import unrolled_graph
 from pyro_em.tracing.freed import return_freed_memory
-from pyro_em.tracing.given import GivenConjugates
+from pyro_em.tracing.given import Given, GivenConjugates
 from pyro_em.tracing.loops import NotVectorized, vectorizing
 from pyro_em.tracing.missing import missing_of
 from pyro_em.tracing.operations import OperationLog
@@ -92,6 +93,16 @@ def trace_graph(
     """
     if isinstance(model, GivenConjugates):
         model = on_rows_of(model, structure)
+
+    def at_some_rows(others: Mapping[str, Tensor]) -> FactorGraph:
+        own, part = args, structure
+        slices = Slices.of(args, kwargs, structure) if may_part else None
+        if slices is not None:
+            own, part = slices.at(slice(0, min(slices.most, 64)))
+        return trace_graph(
+            model, own, kwargs, part, values=others, with_bindings=False, may_part=False
+        )
+
     how: dict[str, Any] = {
         "limit": limit,
         "values": values,
@@ -105,6 +116,8 @@ def trace_graph(
         "kept": kept,
         "begin": begin,
     }
+    # Latents that have values are read with what they reach.
+    is_read = with_bindings and not (attached or detached or isinstance(model, Given))
     steps = structure.series
     if steps is not None:
         try:
@@ -116,7 +129,8 @@ def trace_graph(
                 runs.append(run)
             factors = [p for p in pieces if isinstance(p, Factor)]
             graph = unrolled_graph(structure, factors, latents, run.parameters)
-            return with_diagonals(replace(graph, missing=missing_of(run.sites)))
+            graph = with_diagonals(replace(graph, missing=missing_of(run.sites)))
+            return with_computed(graph, at_some_rows) if is_read else graph
         except (NotVectorized, PyroEMError):
             if looked is not None:  # at the first look, which then is made at the loop itself
                 raise
@@ -135,7 +149,8 @@ def trace_graph(
     order = {name: i for i, name in enumerate(structure.sites)}
     groups = tuple(map(with_parameters_once, stacked([*batches, *factors], order)))
     graph = FactorGraph(structure, latents, groups, run.parameters, missing_of(run.sites))
-    return with_diagonals(graph)
+    graph = with_diagonals(graph)
+    return with_computed(graph, at_some_rows) if is_read else graph
 
 
 def _in_slices(

@@ -41,6 +41,7 @@ from pyro_em.tracing.sites import Role
 from pyro_em.updates.decisions.appearances import is_joint
 from pyro_em.updates.regressions.dispersed import dispersed_at
 from pyro_em.updates.regressions.predictors import predictor_binding
+from pyro_em.updates.sums.climb_on_sums import climbs
 from pyro_em.updates.update import EXACT, Fixed, NewtonOnProfile, ParameterUpdate
 
 # To add a block, add its class here, the quicker ones first.
@@ -269,14 +270,15 @@ def needs_more_than_sums(
 ) -> Finding | None:
     """Why the M-step of a graph is not one of closed forms on sums; None where it is."""
     exact = {n: u for n, u in updates.items() if isinstance(u.update, EXACT)}
+    climbed = {n for n, u in updates.items() if climbs(graph, u)}
     for name, u in updates.items():
-        if name not in exact and not isinstance(u.update, Fixed):
+        if name not in exact and name not in climbed and not isinstance(u.update, Fixed):
             return Finding(f"parameter '{name}'", f"the update of '{name}' is a gradient")
         if isinstance(u.update, NewtonOnProfile):
             return Finding(f"parameter '{name}'", f"'{name}' is solved for with scale matrices")
         if u.kind is not None and u.needs_data and u.is_end:
             return Finding(f"parameter '{name}'", f"'{name}' is a {u.kind.value}, which is no sum")
-    if not exact:
+    if not exact and not climbed:
         return Finding("model", "no parameter is updated")
     medians = {use.group for u in exact.values() if u.needs_data for use in u.uses}
     for g, group in enumerate(graph.groups):
@@ -308,7 +310,7 @@ def _no_sums(
     is_predicted = group.family.predicted is not None
     dispersed = dispersed_at(g, group, graph.parameters) if is_predicted else None
     for argument, binding in group.bindings.items():
-        if binding.how in ("constant", "selection"):
+        if binding.how in ("constant", "selection", "computed"):
             continue
         is_line = binding.how in ("affine", "bilinear") and argument == "loc"
         is_line = is_line or (dispersed is not None and argument in dispersed.bindings)

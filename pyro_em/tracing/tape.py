@@ -12,8 +12,8 @@ is not made anew each time, there are no notes: the function has to run itself.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,9 +84,13 @@ class Tape:
     shapes: Mapping[Any, torch.Size]
 
     def __call__(self, values: Values) -> dict[Any, Tensor]:
-        """The tensors at other parameters, attached to them."""
+        """The tensors at other parameters, attached to them.
+
+        Args:
+            values: Of the parameters that reach a result, at least.
+        """
         at: list[Any] = [None] * self.size
-        at[: len(self.names)] = [values[name] for name in self.names]
+        at[: len(self.names)] = [values.get(name) for name in self.names]
         at[len(self.names) : len(self.names) + len(self.held)] = self.held
         enabled = torch.is_grad_enabled()
         for op in self.operations:
@@ -102,6 +106,29 @@ class Tape:
                 if place is not None:
                     at[place] = result
         return {k: at[r.number] if isinstance(r, Place) else r for k, r in self.results.items()}
+
+    def only(self, keys: Sequence[Any]) -> Tape:
+        """The tape of some of its results.
+
+        Args:
+            keys: Theirs.
+        """
+        results = {key: self.results[key] for key in keys}
+        kept = _needed_for(results.values(), self.operations)
+        shapes = {key: self.shapes[key] for key in keys}
+        return replace(self, operations=tuple(kept), results=results, shapes=shapes)
+
+
+def _needed_for(results: Iterable[Any], operations: Sequence[Operation]) -> list[Operation]:
+    """The operations that lead to some results, in their order."""
+    needed = {p.number for p in results if isinstance(p, Place)}
+    kept = []
+    for op in reversed(operations):
+        if needed.isdisjoint(r for r in op.results if r is not None):
+            continue
+        kept.append(op)
+        needed.update(g.number for g in op.given if isinstance(g, Place))
+    return kept[::-1]
 
 
 @dataclass(frozen=True)
@@ -211,15 +238,9 @@ class Recorder(TorchFunctionMode):
             if place is None and (t.requires_grad or id(t) in self.unknown):
                 return None
             out[key] = t.detach() if place is None else Place(place)
-        needed = {p.number for p in out.values() if isinstance(p, Place)}
-        kept = []
-        for op in reversed(self.operations):
-            if needed.isdisjoint(r for r in op.results if r is not None):
-                continue
-            kept.append(op)
-            needed.update(g.number for g in op.given if isinstance(g, Place))
+        kept = _needed_for(out.values(), self.operations)
         shapes = {key: t.shape for key, t in results.items()}
-        return _compact(self, kept[::-1], out, shapes)
+        return _compact(self, kept, out, shapes)
 
 
 def _compact(

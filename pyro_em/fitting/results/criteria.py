@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from pyro_em.fitting.results.identified import Undetermined
 from pyro_em.fitting.results.information_criteria import ONE, STEPS
 from pyro_em.fitting.results.possible import Alive, possible_cells
 from pyro_em.graph.bindings.binding import Binding
-from pyro_em.graph.factors import Group, is_incomplete, seen_entries
+from pyro_em.graph.factors import FactorGraph, Group, is_incomplete, seen_entries
 from pyro_em.graph.stretches import Members
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.vectorised_loops.latent_series import plates_of
@@ -31,6 +33,8 @@ from pyro_em.plan.program import Program
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.update import Fixed
+
+_SPREADS = (0.1, 1.0)  # of points at which it is seen what moves a density
 
 
 def num_rows(program: Program) -> float:
@@ -265,7 +269,10 @@ def elements_read(program: Program, initial: Mapping[str, Tensor]) -> dict[str, 
             for name in binding.params:
                 by_row = argument in group.lines[1:]
                 at = alive if seen is None else _alive_at(argument, alive, seen, by_row)
-                elements = _elements_of(binding, name, at, read[name].numel())
+                if binding.computed is not None:
+                    elements = _elements_computed(graph, binding, name, at)
+                else:
+                    elements = _elements_of(binding, name, at, read[name].numel())
                 if elements is None:
                     unknown.setdefault(g, set()).add(name)
                 else:
@@ -327,6 +334,31 @@ def _elements_of(binding: Binding, name: str, alive: Tensor | None, size: int) -
     return out if binding.how in ("selection", "affine") else None
 
 
+def _elements_computed(
+    graph: FactorGraph, binding: Binding, name: str, alive: Tensor | None
+) -> Tensor | None:
+    """The same of what is computed of parameters: those that move a cell, at two points far apart."""
+    parameters = graph.parameters
+    if isinstance(parameters[name].leaf, torch.nn.Parameter):
+        return None  # all of a module counts
+    assert binding.computed is not None
+    there = None if alive is None else _shaped(alive, binding.constant)
+    found = (
+        binding.computed.reached(name, _moved(parameters, spread), there) for spread in _SPREADS
+    )
+    return reduce(or_, found)
+
+
+def _moved(parameters: Mapping[str, TracedParameter], spread: float) -> dict[str, Tensor]:
+    """Parameters at a point that nobody chose."""
+    generator, out = torch.Generator().manual_seed(0), {}
+    for name, p in parameters.items():
+        noise = torch.randn(p.unconstrained.shape, generator=generator, dtype=torch.float64)
+        moved = p.unconstrained + spread * noise.to(p.unconstrained)
+        out[name] = transform_to(p.constraint)(moved).detach()
+    return out
+
+
 def _shaped(alive: Tensor, like: Tensor) -> Tensor:
     """The cells that count, laid out as an argument. # like ``like``"""
     alive = alive.reshape(alive.shape + (1,) * (like.dim() - alive.dim()))
@@ -372,16 +404,11 @@ def _differentiate(
 ) -> None:
     """What cannot be looked up: an element that moves no density, at two points far apart."""
     generator = torch.Generator().manual_seed(0)
-    parameters = program.graph.parameters
     groups = list(unknown)
-    for spread in (0.1, 1.0):
-        values, leaves = {}, {}
-        for name, p in parameters.items():
-            noise = torch.randn(p.unconstrained.shape, generator=generator, dtype=torch.float64)
-            moved = p.unconstrained + spread * noise.to(p.unconstrained)
-            values[name] = transform_to(p.constraint)(moved).detach()
-            if any(name in names for names in unknown.values()):
-                leaves[name] = values[name].requires_grad_()
+    for spread in _SPREADS:
+        values = _moved(program.graph.parameters, spread)
+        asked = set().union(*unknown.values())
+        leaves = {name: v.requires_grad_() for name, v in values.items() if name in asked}
         names = list(leaves)
         try:
             with torch.enable_grad():

@@ -3,7 +3,8 @@
 A *selection* takes every element of the argument from one element of a parameter, possibly through
 elementwise maps and a known factor; *affine* arguments are linear in parameters, *bilinear* ones in
 each of them while the others have values; in *composite* ones several parameters meet, number by
-number; *opaque* ones are none of these, and only a gradient serves.
+number; *computed* ones are made of parameters alone, by operations that are done again; *opaque* ones
+are none of these, and come from a run of the model.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from pyro_em.expanded import once_each
 from pyro_em.families.short_rows import log_softmax, softmax
+from pyro_em.graph.bindings.computed import Computed
 from pyro_em.graph.bindings.expression import Expression
 from pyro_em.graph.bindings.jacobian import Jacobian
 from pyro_em.graph.bindings.jacobian import joined as joined_jacobians
@@ -179,7 +181,8 @@ class Binding:
 
     Attributes:
         how: ``"constant"``, ``"selection"``, ``"affine"``, ``"bilinear"``, ``"sum"`` (of selections,
-            and a constant), ``"composite"`` (an expression of selections) or ``"opaque"``.
+            and a constant), ``"composite"`` (an expression of selections), ``"computed"`` or
+            ``"opaque"``.
         params: Names of the parameters that reach it.
         constant: The argument where no parameter reaches it, or the offset of an affine or bilinear map
             or a sum.
@@ -192,6 +195,7 @@ class Binding:
         expression: Of a composite binding what is made of its selections.
         known: The tensors that the expression knows. # argument's shape
         pairs: Of a bilinear one ∂a/∂(θ_p ⊗ θ_q), per two parameters that are multiplied.
+        computed: Of a computed one what makes it.
     """
 
     how: str
@@ -206,6 +210,7 @@ class Binding:
     expression: Expression | None = None
     known: tuple[Tensor, ...] = ()
     pairs: Mapping[tuple[str, str], Jacobian] | None = None
+    computed: Computed | None = None
 
     @cached_property
     def is_static(self) -> bool:
@@ -229,6 +234,7 @@ class Binding:
         """All that it is made of, over the cells of the argument."""
         tensors = [self.constant, *(t for s in self.selections for t in s.parts), *self.known]
         tensors += [s.factor for s in self.selections if s.factor is not None]
+        tensors += [] if self.computed is None else [self.computed.index]
         return tensors + [t for j in self.slopes for t in j.tensors]
 
     @property
@@ -252,12 +258,14 @@ class Binding:
             self.expression,
             tuple(change(t) for t in self.known),
             None if self.pairs is None else {n: j.mapped(change) for n, j in self.pairs.items()},
+            None if self.computed is None else self.computed.mapped(change),
         )
 
     @property
     def alone(self) -> Binding:
         """The same as the only one of a stack. # (1, *argument)"""
-        if self.jacobians is not None or self.pairs is not None or self.known:
+        held = (self.jacobians, self.pairs, self.computed)
+        if self.known or any(h is not None for h in held):
             return self.mapped(lambda t: t.unsqueeze(0))
         return Binding(
             self.how,
@@ -348,6 +356,8 @@ class Binding:
             made = self.expression.evaluate(leaves, self.known)
             assert isinstance(made, Tensor)
             return made
+        if self.computed is not None:
+            return self.computed.evaluate(values)
         if self.how == "opaque":
             raise ValueError("an opaque binding cannot be evaluated without its model")
         out = self.constant

@@ -118,7 +118,7 @@ class Appearances:
                 self._weaken(f"it is a hyperparameter of '{group.members[0]}'")
             else:
                 self.priors.append(prior)
-        elif binding.how == "opaque":
+        elif binding.how in ("opaque", "computed"):
             self._weaken(f"{binding.reason} in {where}")
         elif self.together and is_joint(group):
             self._take_jointly(g, group, argument, binding)

@@ -59,7 +59,9 @@ class SummedGroup:
             counts: Expected counts of its cells. # (members, *sizes)
             arguments: Arguments at which the sums are taken.
         """
-        if not _is_told_by_sums(group, arguments) or _size(group, arguments) > counts.numel():
+        if any(a.dtype != torch.float64 for a in arguments.values()):
+            return None
+        if not is_told_by_sums(group, arguments) or _size(group, arguments) > counts.numel():
             return None
         family = group.family
         assert family is not None
@@ -77,8 +79,13 @@ class SummedGroup:
         return expected_log_density(family, self.statistics, arguments) + self.rest
 
 
-def _is_told_by_sums(group: Group, arguments: Arguments) -> bool:
-    """Whether a group's density depends on the data through its family's sums alone."""
+def is_told_by_sums(group: Group, arguments: Arguments) -> bool:
+    """Whether a group's density depends on the data through its family's sums alone.
+
+    Args:
+        group: The group.
+        arguments: Those that its distribution was given.
+    """
     family = group.family
     if family is None or group.belief is not None or group.nested is not None:
         return False
@@ -86,7 +93,7 @@ def _is_told_by_sums(group: Group, arguments: Arguments) -> bool:
         return False
     if any(n in group.bindings and group.bindings[n].params for n in family.constants):
         return False  # sums were taken where it was
-    if family.natural is not None or any(a.dtype != torch.float64 for a in arguments.values()):
+    if family.natural is not None:
         return False
     found = main_rule(family, arguments)
     return found is not None and found[1].link in _LINKS
