@@ -7,8 +7,8 @@ latents enumerated. `trace` brings such a run into the compact `layout` (`compac
 `stretches`, `diagonals`, `unrecorded`) as the groups of `factors`; `laid_out` keeps how that was done
 for later runs, and `told_by_selections` what was decided of them. `parting` takes a graph apart, `axes`
 names its axes, `clamps` makes factors of what is seen of a latent, `all_data` says what a part is told
-of all, `later_arguments` are computed when asked for, and `prediction` holds a graph against another
-run. Each folder has one subject:
+of all, `later_arguments` are computed when asked for, `computed_arguments` are done again by what a run
+did, and `prediction` holds a graph against another run. Each folder has one subject:
 
 * the model as it is, and all that is wrong with it: `findings`; what to say where it raises: `failing`;
 * how parameters reach each argument: `bindings`;

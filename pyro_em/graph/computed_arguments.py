@@ -114,7 +114,7 @@ def _bound(
 
     Members that read the same, here and at other parameters, are computed once.
     """
-    kept = _with_own_constants(tape)
+    kept = _with_own_constants(tape.through_stacks())
     if kept is None:
         return None
     here = {n: p.leaf.detach() for n, p in parameters.items()}
@@ -139,12 +139,12 @@ def _bound(
             firsts.append(site)
         which.append(k)
     cells = torch.arange(traced[0].numel(), device=traced.device).reshape(traced.shape[1:])
-    index = torch.stack([cells + k * cells.numel() for k in which]).expand(traced.shape)
-    binding = group.bindings[name]
+    index, binding = torch.stack([cells + k * cells.numel() for k in which]), group.bindings[name]
+    constant = binding.constant
+    if len(firsts) == 1:  # one for all members
+        index, constant = (t[:1].expand(traced.shape) for t in (index, constant))
     made = Computed(kept.only(firsts), index)
-    return Binding(
-        "computed", binding.params, binding.constant, reason=binding.reason, computed=made
-    )
+    return Binding("computed", binding.params, constant, reason=binding.reason, computed=made)
 
 
 def _with_own_constants(tape: Tape) -> Tape | None:

@@ -62,6 +62,7 @@ def trace_graph(
     kept: KeptSelections | None = None,
     begin: Begin | None = None,
     may_part: bool = True,
+    few: float | None = None,
 ) -> FactorGraph:
     """Run the model with its latents enumerated and bring every factor into the compact layout.
 
@@ -85,6 +86,7 @@ def trace_graph(
         kept: How earlier runs read off which elements of parameters arguments are.
         begin: How parameters get their first values in the run; None where they have values.
         may_part: Whether large data may be read some rows at a time.
+        few: From how many sites of one form on these are laid out together, if from fewer or more.
 
     Raises:
         ModelError: If the model cannot run with its latents enumerated, reads a latent outside its
@@ -100,7 +102,14 @@ def trace_graph(
         if slices is not None:
             own, part = slices.at(slice(0, min(slices.most, 64)))
         return trace_graph(
-            model, own, kwargs, part, values=others, with_bindings=False, may_part=False
+            model,
+            own,
+            kwargs,
+            part,
+            values=others,
+            with_bindings=False,
+            may_part=False,
+            few=inf,  # each site by itself: what makes its arguments is not mixed with others
         )
 
     how: dict[str, Any] = {
@@ -141,7 +150,7 @@ def trace_graph(
         sliced = _in_slices(model, args, kwargs, structure, how)
         if sliced is not None:
             return sliced
-    pieces, latents, run = _traced(model, args, kwargs, structure, few=FEW, only=only, **how)
+    pieces, latents, run = _traced(model, args, kwargs, structure, few=few or FEW, only=only, **how)
     if runs is not None:
         runs.append(run)
     batches = [p for p in pieces if isinstance(p, Batch)]

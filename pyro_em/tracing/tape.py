@@ -118,6 +118,35 @@ class Tape:
         shapes = {key: self.shapes[key] for key in keys}
         return replace(self, operations=tuple(kept), results=results, shapes=shapes)
 
+    def through_stacks(self) -> Tape:
+        """The tape without stacks of which one element is taken: the others are not computed."""
+        made = {r: op for op in self.operations for r in op.results if r is not None}
+        at: dict[int, Any] = {}
+
+        def place(g: Any) -> Any:
+            return at.get(g.number, g) if isinstance(g, Place) else g
+
+        operations = []
+        for op in self.operations:
+            stacked = _element_of_stack(op, made)
+            if stacked is not None and op.results[0] is not None:
+                at[op.results[0]] = place(stacked)
+                continue
+            operations.append(replace(op, given=tuple(place(g) for g in op.given)))
+        results = {key: place(r) for key, r in self.results.items()}
+        return replace(self, operations=tuple(operations), results=results)
+
+
+def _element_of_stack(op: Operation, made: Mapping[int, Operation]) -> Any:
+    """What an operation takes out of a stack along its first dimension, if it does that."""
+    if op.function is not Tensor.__getitem__ or not isinstance(op.given[0], Place):
+        return None
+    stack, i = made.get(op.given[0].number), op.given[1]
+    if stack is None or stack.function is not torch.stack or type(i) is not int:
+        return None
+    (parts, *rest), kwargs = tree_unflatten(list(stack.given), stack.form)
+    return parts[i] if not any(rest) and not kwargs else None
+
 
 def _needed_for(results: Iterable[Any], operations: Sequence[Operation]) -> list[Operation]:
     """The operations that lead to some results, in their order."""
