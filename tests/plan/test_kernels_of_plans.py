@@ -118,8 +118,13 @@ CASES: dict[str, tuple[Callable[[], None], str, str | None]] = {
     ),
     "a gradient": (
         lambda: rows(lambda z: dist.Normal(means().sin()[z], 1.0)),
+        "mixture",
+        None,
+    ),
+    "a gradient that reads the data": (
+        lambda: rows(lambda z: dist.StudentT(3.0, means().sin()[z], 1.0)),
         "contraction",
-        "loc of 'x' is neither a selection nor affine in parameters",
+        "the update of 'mu' is a gradient",
     ),
     "a dependence that is hidden": (
         lambda: rows(lambda z: dist.Normal(means().detach()[z], 1.0)),
