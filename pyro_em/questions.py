@@ -33,7 +33,6 @@ from pyro_em.fitting.parts.chunked import chunks_in, first_arguments
 from pyro_em.fitting.parts.within_budget import in_chunks, serve
 from pyro_em.fitting.preconditions import refuse_a_guide
 from pyro_em.fitting.session import Session
-from pyro_em.fitting.stepping import loss_of
 from pyro_em.globs import Values
 from pyro_em.plan.given_q import check_q
 from pyro_em.plan.part import Part
@@ -97,7 +96,10 @@ class Questions:
         found = self._look(args, kwargs, look_only=True)
         if isinstance(found, Program):
             shared = None if outside is None else outside.of_next(found)
-            q = found.e_step(found.evaluate(outside=shared), self._session.total_steps)
+            if shared is None and found.strategy is None:
+                q = found.posterior_at()
+            else:
+                q = found.e_step(found.evaluate(outside=shared), self._session.total_steps)
             return with_unobserved(q, unobserved(found, self._session.request.max_enumeration))
         at = snapshot(found.parameters)
         return DrawnPosterior(
@@ -198,7 +200,7 @@ class Questions:
         if isinstance(found, Variational):
             draws = found.draws(args, kwargs, self._session.num_particles)
             return -float(torch.stack(draws).mean())
-        return loss_of(found.e_step(found.evaluate(), self._session.total_steps))
+        return -found.bound(self._session.total_steps)
 
     @alone("estimate_evidence")
     @from_arrays
@@ -292,7 +294,7 @@ class Questions:
         found = self._look(args, kwargs, look_only=True)
         q: Posterior | DrawnPosterior
         if isinstance(found, Program):
-            q = found.posterior()
+            q = found.posterior_at()
         else:
             q = DrawnPosterior(found, args, kwargs)
         model = as_written(without_values(found.model))

@@ -122,6 +122,11 @@ def elbo_at(
             )
         )
     with parameters_at(program.graph.parameters, params):
+        is_nested = any(g.nested is not None for g in program.graph.groups)
+        if q is None and program.strategy is None and not is_nested:
+            at = program.posterior_at()  # whose log densities are those at θ
+            own = Evaluation(at.graph, [], at.tables, {}, at.parameters)
+            return elbo_terms(own, at, at)
         evaluation = program.evaluate()
         at = program.posterior(evaluation)
         given = program.e_step(evaluation, index) if q is None else as_posterior(q, evaluation)

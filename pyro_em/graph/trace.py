@@ -145,8 +145,7 @@ def trace_graph(
                 raise
             structure = replace(structure, series=None)
     # Where parameters get their values is a run on all rows.
-    may_part = may_part and not attached and only is None and runs is None and begin is None
-    if may_part and (with_bindings or detached):
+    if may_part and not attached and only is None and runs is None and begin is None:
         sliced = _in_slices(model, args, kwargs, structure, how)
         if sliced is not None:
             return sliced
@@ -174,7 +173,10 @@ def _in_slices(
     if slices is None:
         return None
     return_freed_memory(a for a in args if isinstance(a, Tensor))
-    silent = {**how, "log": None}
+    # Who looks at an E-step only does not need how parameters reach arguments, but it says in few
+    # numbers what a table says in many.
+    is_look = not (how["with_bindings"] or how["detached"])
+    silent = {**how, "log": None, "with_bindings": how["with_bindings"] or is_look}
 
     def read(own: tuple, part: Structure, plain: Sites | None) -> FactorGraph:
         return trace_graph(model, own, kwargs, part, may_part=False, **{**silent, "looked": plain})
@@ -184,10 +186,18 @@ def _in_slices(
         again = {**silent, "looked": None, "kept": None, **elsewhere}
         return trace_graph(model, own, kwargs, part, may_part=False, **again)
 
-    looked, bound = how["looked"], how["with_bindings"]
-    graph = by_rows(model, kwargs, slices, looked, read, numbers, bound=bound)
+    graph = by_rows(
+        model,
+        kwargs,
+        slices,
+        how["looked"],
+        read,
+        numbers,
+        bound=silent["with_bindings"],
+        given_only=is_look,
+    )
     if graph is not None and how["log"] is not None:
-        own, part = slices.at(slice(0, min(slices.most, 64)))
+        own, part = slices.at(slices.first)
         trace_graph(model, own, kwargs, part, may_part=False, **{**how, "looked": None})
     return graph
 

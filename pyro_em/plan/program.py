@@ -51,6 +51,7 @@ from pyro_em.posteriors.continuous.gaussian_steps import (
     in_m_step,
     tables_of,
 )
+from pyro_em.posteriors.continuous.table_rows import TableSlices
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.exact import exact_posterior, log_evidence_as_laid, log_evidence_of
 from pyro_em.posteriors.strategies import (
@@ -62,6 +63,7 @@ from pyro_em.posteriors.strategies import (
     gives_up,
 )
 from pyro_em.posteriors.table_evidence import log_evidence_by_rows
+from pyro_em.posteriors.table_posterior import posterior_by_rows
 from pyro_em.reduction.reduction import Whole
 from pyro_em.tracing.dependences import Dependences, changed_since
 from pyro_em.tracing.garbage import fewer_collections
@@ -263,6 +265,11 @@ class Program(StaysHere):
             graph = self._trace(with_bindings=not self.look_only)
         return graph, [dict(g.arguments) for g in graph.groups], None
 
+    @property
+    def has_many_rows(self) -> bool:
+        """Whether tables of all rows are worth parting, and the rows stand by themselves."""
+        return TableSlices.of(self.graph) is not None
+
     def following(self, evaluation: Evaluation) -> Program:
         """The program at the trace of an evaluation.
 
@@ -280,6 +287,18 @@ class Program(StaysHere):
         q = exact_posterior(evaluation.graph, self.contraction, evaluation.tables)
         return replace(q, solved=evaluation.solved, parameters=evaluation.values)
 
+    def posterior_at(self, values: Mapping[str, Tensor] | None = None) -> Posterior:
+        """The exact E-step at some values, of many rows some at a time.
+
+        Args:
+            values: Constrained values of all parameters; the current ones where None.
+        """
+        at = values_of(self.graph.parameters) if values is None and self.compiled else values
+        q: Posterior | None = None
+        if at is not None or versions_of(self.graph.parameters) == self.traced_at:
+            q = posterior_by_rows(self.graph, self.contraction, at)
+        return self.posterior(self.evaluate(values)) if q is None else replace(q, parameters=at)
+
     def log_evidence(self) -> float:
         """log p(x; θ) at the current parameters, in nats."""
         found: float | None = None
@@ -294,6 +313,18 @@ class Program(StaysHere):
             return found
         evaluation = self.evaluate()
         return log_evidence_of(evaluation.graph, self.contraction, evaluation.tables)
+
+    def bound(self, index: int = 0) -> float:
+        """ELBO(q, θ) of the strategy's E-step at the current parameters, in nats.
+
+        Args:
+            index: The number of the step.
+        """
+        if self.strategy is None and not any(g.role is Role.POINT for g in self.graph.groups):
+            return self.log_evidence()
+        bound = self.e_step(self.evaluate(), index).bound
+        assert bound is not None
+        return bound
 
     def e_step(self, evaluation: Evaluation, index: int = 0) -> Posterior:
         """The E-step of the strategy; ``index`` is the number of the step."""

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from pyro_em.distributions import are_finite
+from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.findings.possible import are_possible
 from pyro_em.graph.gaussian_lines.kept_lines import lines_again
 from pyro_em.graph.gaussian_lines.lines import Line
 from pyro_em.graph.gaussian_lines.read_lines import differing_lines
 from pyro_em.graph.laid_out import LaidOut
+from pyro_em.graph.many_rows.given_rows import says_of_all
 from pyro_em.graph.many_rows.slices import Slices
 from pyro_em.graph.prediction import disagreements
 from pyro_em.graph.stacking import forms_of_bindings
@@ -55,6 +57,11 @@ def doing_the_same(task: Task, kept: Kept, program: Program, log: OperationLog) 
     Its numbers are compared too: they may come from where no operation shows them, as what numpy
     wrote into a tensor, what a distribution keeps for itself, a draw that was the same by chance.
     """
+    is_integrated = program.conjugates is not None or isinstance(task.model, GivenGaussians)
+    if program.graph.parted and not is_integrated:
+        slices = Slices.of(task.args, task.kwargs, kept.structure)
+        if slices is not None:
+            return _doing_the_same_by_rows(task, kept, program, log, slices)
     # The run itself is wanted of conjugate latents alone.
     runs: list[Run] | None = None if program.conjugates is None else []
     graph = traced(task, kept.structure, log, runs=runs, detached=runs is None)
@@ -72,6 +79,23 @@ def doing_the_same(task: Task, kept: Kept, program: Program, log: OperationLog) 
         bent = differing_lines(program.lines, task.model, *run, values, once=True)
         return None if bent else known
     return known
+
+
+def _doing_the_same_by_rows(
+    task: Task, kept: Kept, program: Program, log: OperationLog, slices: Slices
+) -> Kept | None:
+    """As `doing_the_same`, of a model that was read some rows at a time, which are compared so."""
+
+    def fresh(own: tuple, part: Structure, log: OperationLog | None = None) -> FactorGraph:
+        return traced(replace(task, args=own), part, log, detached=True)
+
+    graph = fresh(*slices.at(slices.first), log)
+    known = kept.shown_by(log)
+    if known is None or not _are_sound(graph.parameters, kept.structure):
+        return None
+    values = values_of(graph.parameters)
+    same = says_of_all(at_zero(program.graph), slices, fresh, values, exactly=True)
+    return known if same else None
 
 
 def on_other_data(

@@ -102,7 +102,7 @@ def run_of(task: Task, structure: Structure, log: OperationLog) -> Run:
 def traced(
     task: Task,
     structure: Structure,
-    log: OperationLog,
+    log: OperationLog | None,
     looked: Mapping[str, Mapping[str, Any]] | None = None,
     kept: KeptSelections | None = None,
     begin: Begin | None = None,
@@ -114,7 +114,7 @@ def traced(
     Args:
         task: The model with its data.
         structure: Its skeleton.
-        log: Where the run is noted.
+        log: Where the run is noted, if anywhere.
         looked: The sites of a plain run, which this one has to agree with.
         kept: How earlier runs read off which elements of parameters arguments are.
         begin: How parameters get their first values in the run; None where they have values.

@@ -12,9 +12,9 @@ in a few lines which of its files to read first:
   learned by `chain_sums`;
 * conjugate latents: `conjugates`; and Gaussian ones whose scale is one of these: `scales`;
 * continuous latents of either kind in E-steps and M-steps: `continuous`;
-* what users ask: `answers`; how such a posterior comes about: `exact`, `sampling`; the evidence alone
-  of many rows: `table_evidence`; other E-steps than the exact one: `strategies`; where fits
-  begin: `starts`.
+* what users ask: `answers`; how such a posterior comes about: `exact`, `sampling`, of many rows
+  `table_posterior`, their evidence alone `table_evidence`; other E-steps than the exact one:
+  `strategies`; where fits begin: `starts`.
 
 May import: `pyro_em.densities` and what is below it. To add a block, copy `mixtures`, keep the protocol
 of `block`, add it to the list in `pyro_em.plan.eligibility`, and let `pyro_em.testing.check_block`

@@ -16,7 +16,7 @@ chains.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -92,23 +92,33 @@ def cumulative_rows(weights: Tensor) -> Tensor:
     return torch.where(weights > 0, weights.cumsum(-1), 0.0).cummax(-1).values
 
 
-def pick(cumulative: Tensor, rows: Tensor, generator: torch.Generator | None) -> Tensor:
+def levels_of(
+    shape: Sequence[int], device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """Uniform numbers, each below one: torch's of double precision are.
+
+    Args:
+        shape: Of them.
+        device: Where they are.
+        generator: Source of randomness; torch's global state if None.
+    """
+    return torch.rand(tuple(shape), dtype=torch.float64, device=device, generator=generator)
+
+
+def pick(cumulative: Tensor, rows: Tensor, levels: Tensor) -> Tensor:
     """Draw an element of a row of weights, for each of many rows; never one of weight zero.
 
     Args:
         cumulative: From `cumulative_rows`. # (R, K)
         rows: Which row each draw is from.
-        generator: Source of randomness; torch's global state if None.
+        levels: A uniform number for each, below one: its product with a row's sum is below the sum.
 
     Returns:
         Positions in the rows, in the shape of ``rows``.
     """
     flat, width = cumulative.reshape(-1), cumulative.shape[-1]
     base = rows * width
-    # torch's double precision numbers are below one: the product is below the row's sum.
-    level = torch.rand(
-        rows.shape, dtype=torch.float64, device=rows.device, generator=generator
-    ) * flat[base + (width - 1)].to(torch.float64)
+    level = levels * flat[base + (width - 1)].to(torch.float64)
     # The first position whose cumulative weight exceeds the level, by bisection.
     low = torch.zeros_like(rows)
     high = torch.full_like(rows, width - 1)
@@ -153,10 +163,24 @@ class Conditionals:
 
     def draw(self, n: int, generator: torch.Generator | None) -> Codes:
         """Joint draws, one latent after the other."""
+
+        def levels(c: Conditional) -> Tensor:
+            shape = (n, *(self.graph.dim_size(p) for p in c.plates))
+            return levels_of(shape, c.cumulative.device, generator)
+
+        return self.at(levels, n)
+
+    def at(self, levels: Callable[[Conditional], Tensor], n: int) -> Codes:
+        """The draws at uniform numbers.
+
+        Args:
+            levels: Those of a latent, asked for in the order in which latents are drawn. # (n, *plates)
+            n: Number of draws.
+        """
         codes: dict[str, Tensor] = {}
         for c in self.found:
             rows = _cells(self.graph, c.plates, c.given, codes, n)
-            codes[c.latent] = pick(c.cumulative, rows, generator)
+            codes[c.latent] = pick(c.cumulative, rows, levels(c))
         return codes
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_em import ExactPosteriorEM, MonteCarlo
 from pyro_em.posteriors import sampling
-from pyro_em.posteriors.sampling import cumulative_rows, pick
+from pyro_em.posteriors.sampling import cumulative_rows, levels_of, pick
 from tests.brute_force import random_network
 from tests.posteriors.random_models import random_model
 
@@ -314,7 +314,8 @@ def test_an_element_of_weight_zero_is_never_picked() -> None:
     """At the ends, in runs, and where the level falls on a boundary."""
     weights = torch.tensor([0.0, 0.0, 1e-300, 0.0, 3.0, 0.0, 0.0, 1.0, 0.0])
     rows = torch.zeros(100_000, dtype=torch.long)
-    drawn = pick(cumulative_rows(weights)[None], rows, None)
+    levels = levels_of(rows.shape, rows.device, None)
+    drawn = pick(cumulative_rows(weights)[None], rows, levels)
     assert set(drawn.tolist()) == {4, 7}
     agree(drawn, weights / weights.sum() * (weights > 1e-200))
 
@@ -323,7 +324,8 @@ def test_an_element_of_weight_zero_is_never_picked() -> None:
 def test_every_number_of_values(size: int) -> None:
     weights = torch.rand(2, size)
     rows = torch.arange(2).repeat(40_000)
-    drawn = pick(cumulative_rows(weights), rows, torch.Generator().manual_seed(size))
+    levels = levels_of(rows.shape, rows.device, torch.Generator().manual_seed(size))
+    drawn = pick(cumulative_rows(weights), rows, levels)
     for row in range(2):
         agree(drawn[rows == row], weights[row] / weights[row].sum())
 

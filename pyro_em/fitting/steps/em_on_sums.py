@@ -99,7 +99,11 @@ class SumsPoint(Point):
         """
         if self.how is not None:
             raise UsageError(no_posterior(self.how))
-        return self.program.posterior(self.evaluation)
+        if "evaluation" in vars(self):
+            return self.program.posterior(self.evaluation)
+        self.program.require_unchanged("posterior")
+        with Alone("posterior"):
+            return self.program.posterior_at(self.values)
 
 
 class OnSums:

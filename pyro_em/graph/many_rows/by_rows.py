@@ -59,6 +59,7 @@ def by_rows(
     numbers: Numbers,
     *,
     bound: bool,
+    given_only: bool = False,
 ) -> FactorGraph | None:
     """The graph of all rows from those of slices; None where the model has to see all rows at once.
 
@@ -71,6 +72,8 @@ def by_rows(
             plain run with these.
         numbers: The same at given parameters, without bindings.
         bound: Whether it is asked how parameters reach arguments.
+        given_only: Whether the model is rather run on all rows than read in slices, where some of its
+            rows do not stand in its arguments.
     """
     few = slices.spread(_FEW)
     try:
@@ -83,6 +86,8 @@ def by_rows(
         given = of_given_rows(alone, few, slices) if bound else None
         if given is not None and is_of_all(given, slices, numbers):
             return given
+        if given_only:
+            return None
         whole: _Whole | None = None
         for rows in slices:
             graph = with_row_products(read(*slices.at(rows), None), slices.plate, alone)

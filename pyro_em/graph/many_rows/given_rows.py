@@ -185,12 +185,32 @@ def is_of_all(graph: FactorGraph, slices: Slices, numbers: Numbers) -> bool:
         values = {n: transform_to(places[n].constraint)(u) for n, u in unconstrained.items()}
     predicted = {**values_of(places), **values}
     with parameters_at({n: places[n] for n in direct}, direct, unconstrained=True):
-        return not any(
-            disagreements(
-                some_rows(graph, slices.plate, rows), numbers(*slices.at(rows), values), predicted
-            )
-            for rows in slices
+        return says_of_all(graph, slices, lambda *own: numbers(*own, values), predicted)
+
+
+def says_of_all(
+    graph: FactorGraph,
+    slices: Slices,
+    fresh: Callable[[tuple, Structure], FactorGraph],
+    values: Mapping[str, Tensor],
+    *,
+    exactly: bool = False,
+) -> bool:
+    """Whether a graph says of all rows what the model does, some of them at a time.
+
+    Args:
+        graph: The graph of all rows.
+        slices: How the model's arguments are cut into rows.
+        fresh: The graph of a model with some rows, without bindings.
+        values: The parameters at which it is made.
+        exactly: Whether what no parameter reaches has to be the same number; else up to rounding.
+    """
+    return not any(
+        disagreements(
+            some_rows(graph, slices.plate, rows), fresh(*slices.at(rows)), values, exactly=exactly
         )
+        for rows in slices
+    )
 
 
 def some_rows(graph: FactorGraph, plate: str, rows: Tensor | slice) -> FactorGraph:

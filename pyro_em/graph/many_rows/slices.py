@@ -21,6 +21,8 @@ _MANY = 2**21  # cells of all rows from which on slices are worth it
 
 _OFTEN = 16  # slices after which what is left of them is looked for
 
+_NOTED = 64
+
 _CELLS = 2**16  # of a slice, of which a model makes numbers for each covariate
 
 
@@ -99,6 +101,11 @@ class Slices:
             yield slice(a, b)
             if i % _OFTEN == 0 and gc.isenabled():
                 gc.collect(0)
+
+    @property
+    def first(self) -> slice:
+        """The rows of the run of which it is noted what the model does."""
+        return slice(0, min(self.most, _NOTED))
 
     def spread(self, most: int) -> Tensor:
         """Some rows that lie far apart, in order. # (most or fewer,)"""

@@ -22,6 +22,7 @@ from pyro_em.posteriors.answers.crossed import across_plates, are_connected
 from pyro_em.posteriors.answers.names import by_glob, latent_of, own_name, pairs_by_glob
 from pyro_em.posteriors.answers.observed_in_part import with_observed
 from pyro_em.posteriors.answers.refusals import refuse_gaussian
+from pyro_em.posteriors.answers.row_faces import RowFaces
 from pyro_em.posteriors.answers.stacks import (
     are_alike,
     batch_shape,
@@ -34,6 +35,7 @@ from pyro_em.posteriors.answers.stacks import (
     stack_of,
     table_of,
 )
+from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.enumeration import (
     contraction_of,
     largest_cells,
@@ -154,8 +156,18 @@ class DiscreteFaces:
             return self._values_of(list(self.graph.latents), path)
         if not self.graph.latents:
             return {}
-        result = largest_cells(self.graph, contraction_of(self.graph), self.tables)
-        return self._assignment(result.cells)
+        rows = RowFaces.of(self.graph, self.tables)
+        if rows is None:
+            return self._largest(contraction_of(self.graph))
+        parts = (DiscreteFaces(graph, (), tables, True) for _, graph, tables in rows.parts())
+        each = [part._largest(rows.plan) for part in parts]
+        return {
+            name: torch.cat([part[name] for part in each], latent.batch_dims.index(rows.plate))
+            for name, latent in self.graph.latents.items()
+        }
+
+    def _largest(self, plan: ContractionPlan) -> dict[str, Tensor]:
+        return self._assignment(largest_cells(self.graph, plan, self.tables).cells)
 
     def draws(self) -> Draws:
         """What joint draws of the discrete latents are made of."""
@@ -170,6 +182,9 @@ class DiscreteFaces:
         paths = paths_of(self.graph, self.tables)
         if paths is not None:
             return paths
+        rows = RowFaces.of(self.graph, self.tables)
+        if rows is not None:
+            return rows
         plan = contraction_of(self.graph)
         return Conditionals(self.graph, conditionals(self.graph, plan, self.tables))
 

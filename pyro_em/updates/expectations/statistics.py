@@ -19,6 +19,8 @@ from pyro_em.updates.expectations.conjugate_beliefs import PriorInRows
 
 Key = int | str
 
+_MANY = 2**18  # cells of which a product is made at once
+
 NATURAL = "natural"  # the key of the features of all linear groups together
 
 
@@ -205,4 +207,18 @@ def dot(weight: Tensor, table: Tensor) -> Tensor:
         weight = weight.expand(table.shape).sum(alike, keepdim=True)
         for i in alike:
             table = table.narrow(i, 0, 1)
+    if weight.shape == table.shape and table.numel() > _MANY:
+        return torch.stack(
+            [_dot(*p) for p in zip(*map(_parts, (weight, table)), strict=True)]
+        ).sum()
+    return _dot(weight, table)
+
+
+def _dot(weight: Tensor, table: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, weight * table).sum()
+
+
+def _parts(t: Tensor) -> tuple[Tensor, ...]:
+    """A tensor in parts along its longest dimension, each of about so many cells."""
+    along = max(range(t.dim()), key=lambda d: t.shape[d])
+    return t.split(max(1, _MANY * t.shape[along] // t.numel()), along)
