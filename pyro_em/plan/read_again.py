@@ -87,7 +87,7 @@ def _doing_the_same_by_rows(
     """As `doing_the_same`, of a model that was read some rows at a time, which are compared so."""
 
     def fresh(own: tuple, part: Structure, log: OperationLog | None = None) -> FactorGraph:
-        return traced(replace(task, args=own), part, log, detached=True)
+        return traced(replace(task, args=own), part, log, detached=True, may_part=False)
 
     graph = fresh(*slices.at(slices.first), log)
     known = kept.shown_by(log)

@@ -108,6 +108,7 @@ def traced(
     begin: Begin | None = None,
     runs: list[Run] | None = None,
     detached: bool = False,
+    may_part: bool = True,
 ) -> FactorGraph:
     """The graph of an enumerated run, whose operations are noted and held to the budget.
 
@@ -120,6 +121,7 @@ def traced(
         begin: How parameters get their first values in the run; None where they have values.
         runs: Where the run itself is noted.
         detached: Whether only the numbers of arguments and densities are of interest.
+        may_part: Whether large data may be read some rows at a time.
     """
     return trace_graph(
         task.model,
@@ -134,4 +136,5 @@ def traced(
         begin=begin,
         runs=runs,
         detached=detached,
+        may_part=may_part,
     )

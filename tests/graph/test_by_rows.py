@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -15,10 +17,12 @@ from torch.distributions import constraints as C
 from pyro_em import ExactPosteriorEM
 from pyro_em.expanded import once_each
 from pyro_em.fitting.results import possible
+from pyro_em.graph import trace
 from pyro_em.graph.factors import Group
 from pyro_em.graph.later_arguments import LaterArguments
 from pyro_em.graph.many_rows import given_rows, slices
 from pyro_em.plan import agreement
+from pyro_em.plan.kept import forget_readings
 from pyro_em.plan.program import Program
 
 N, K, D = 301, 3, 4
@@ -341,3 +345,41 @@ def test_data_that_change_are_read_anew(monkeypatch: pytest.MonkeyPatch) -> None
     changed = em.fit(x, Y, max_steps=1, tol=0).history[0]
     pyro.clear_param_store()
     assert changed == ExactPosteriorEM(lines).fit(x, Y, max_steps=1, tol=0).history[0]
+
+
+def test_a_later_call_compares_all_rows_in_slices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read serves again where no row differs; one that nothing else shows is seen."""
+    monkeypatch.setattr(slices, "_MANY", 1)
+    monkeypatch.setattr(slices, "_CELLS", 300)
+    monkeypatch.setattr(slices, "_NOTED", 16)
+    pyro.clear_param_store()
+    runs, most = list[int](), tmp_path / "most"
+    most.write_text("9.0")
+    noted_run = trace.noted_run
+
+    def noted(model: Model, args: tuple, *others: Any, **how: Any) -> Any:
+        runs.append(len(args[0]))
+        return noted_run(model, args, *others, **how)
+
+    monkeypatch.setattr(trace, "noted_run", noted)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        w, v = pyro.param("w", W.clone()), pyro.param("v", 0.5 * W.flip(0))
+        below = torch.as_tensor(x.numpy().clip(max=float(most.read_text())))
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(logits=x @ v.T))
+            pyro.sample("y", dist.Bernoulli(logits=(below * w[z]).sum(-1)), obs=y)
+
+    em = ExactPosteriorEM(model)
+    em.fit(X, Y, max_steps=2, tol=0)
+    before = em.score(X, Y)
+    runs.clear()
+    assert em.score(X, Y) == before
+    assert sum(runs) == N + 16 and max(runs) < 100  # once in slices, and the rows that are noted
+    most.write_text(repr(float(X[:16].max())))  # the first rows are as before
+    after = em.score(X, Y)
+    assert after != before
+    forget_readings()
+    assert after == pytest.approx(ExactPosteriorEM(model).score(X, Y), rel=1e-12)

@@ -185,7 +185,7 @@ def is_of_all(graph: FactorGraph, slices: Slices, numbers: Numbers) -> bool:
         values = {n: transform_to(places[n].constraint)(u) for n, u in unconstrained.items()}
     predicted = {**values_of(places), **values}
     with parameters_at({n: places[n] for n in direct}, direct, unconstrained=True):
-        return says_of_all(graph, slices, lambda *own: numbers(*own, values), predicted)
+        return says_of_all(graph, slices, lambda own, part: numbers(own, part, values), predicted)
 
 
 def says_of_all(
