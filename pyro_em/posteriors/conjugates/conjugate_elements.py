@@ -50,13 +50,15 @@ def elements_of_latent(
             high = low.clone() if inside else torch.full_like(low, -1)
         rows = rows_of(group.value.new_zeros(()), group, full=True).shape[0]
         own = elements_in(group, plates).to(device)
-        own = own.repeat_interleave(rows // max(len(own), 1))
-        for at in reading.elements.unbind(-1):
-            for part in slices_of(rows):
-                here = at[part] if len(at) > 1 else at.expand(len(own[part]))
+        each = rows // max(len(own), 1)  # numbers of an event, which are where their row is
+        for part in slices_of(rows):
+            inner = torch.arange(part.start, min(part.stop, rows), device=device)
+            of = own[inner // max(each, 1)]
+            for at in reading.elements.unbind(-1):
+                here = at[part] if len(at) > 1 else at.expand(len(of))
                 some = here >= 0
-                low.scatter_reduce_(0, here[some], own[part][some], "amin")
-                high.scatter_reduce_(0, here[some], own[part][some], "amax")
+                low.scatter_reduce_(0, here[some], of[some], "amin")
+                high.scatter_reduce_(0, here[some], of[some], "amax")
     if high is None:
         return low, False
     low = torch.where(high < 0, 0, low)
