@@ -34,7 +34,7 @@ from pyro_em.graph.structure import Structure
 from pyro_em.graph.unrecorded import outside_support
 from pyro_em.graph.vectorised_loops.unrolled import unrolled_graph
 from pyro_em.tracing.freed import return_freed_memory
-from pyro_em.tracing.given import Given, GivenConjugates
+from pyro_em.tracing.given import Given
 from pyro_em.tracing.loops import NotVectorized, vectorizing
 from pyro_em.tracing.missing import missing_of
 from pyro_em.tracing.operations import OperationLog
@@ -93,7 +93,7 @@ def trace_graph(
             ``pyro.markov`` scope, or is another model when they are enumerated.
         NotVectorized: If a loop cannot be run over index tensors when it is first looked at.
     """
-    if isinstance(model, GivenConjugates):
+    if isinstance(model, Given):
         model = on_rows_of(model, structure)
 
     def at_some_rows(others: Mapping[str, Tensor]) -> FactorGraph:

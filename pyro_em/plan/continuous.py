@@ -14,7 +14,8 @@ from pyro_em.families.conjugate_kernels import PriorKernel
 from pyro_em.graph.conjugate_children.conjugate_record import NotConjugate
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.gaussian_lines.lines import Line, NotLinear
-from pyro_em.graph.gaussian_lines.read_lines import parts_at, read_lines
+from pyro_em.graph.gaussian_lines.lines_by_rows import are_of_rows, lines_of
+from pyro_em.graph.gaussian_lines.read_lines import parts_at
 from pyro_em.graph.stretches import LaterTuple
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.conjugates import Conjugates, at_units, conjugate_routes
@@ -183,7 +184,7 @@ def integrating(
     if isinstance(structure, Unrouted):
         return None
     bound = not task.look_only
-    lines = read_lines(model, task.args, task.kwargs, structure, bound=bound)
+    lines = lines_of(model, task.args, task.kwargs, structure, bound=bound)
     looked = folded(structure.looked)
     notes = tuple(dict.fromkeys((*bare.notes, *structure.notes)))
     structure = replace(structure, looked=None, edges=bare.edges, notes=notes)
@@ -204,7 +205,7 @@ def _knowing(structure: Structure, lines: Mapping[str, Line]) -> Structure:
     if structure.series is not None:
         template = replace(structure.series.template, lines=frozenset(lines))
         structure = replace(structure, series=replace(structure.series, template=template))
-    return replace(structure, lines=frozenset(lines))
+    return replace(structure, lines=frozenset(lines), lines_of_rows=are_of_rows(lines))
 
 
 def with_lines(

@@ -24,6 +24,7 @@ from pyro_em.graph.bindings.signatures import KeptSelections
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.gaussian_lines.lines import Line
 from pyro_em.graph.gaussian_lines.read_lines import other_values, parts_at
+from pyro_em.graph.many_rows.slices import on_rows_of
 from pyro_em.graph.mixtures import has_components
 from pyro_em.graph.stretches import LaterTuple
 from pyro_em.graph.structure import Structure
@@ -523,6 +524,7 @@ class Program(StaysHere):
         args, structure = given or (self.args, self.structure)
         model = self.model
         if runs is not None and isinstance(model, GivenGaussians):
+            model = on_rows_of(model, structure)
             model = model.at(other_values(model))
         with self.dependences.own_run():
             return trace_graph(

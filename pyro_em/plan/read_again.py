@@ -10,6 +10,7 @@ from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.findings.possible import are_possible
 from pyro_em.graph.gaussian_lines.kept_lines import lines_again
 from pyro_em.graph.gaussian_lines.lines import Line
+from pyro_em.graph.gaussian_lines.lines_by_rows import are_of_rows
 from pyro_em.graph.gaussian_lines.read_lines import differing_lines
 from pyro_em.graph.laid_out import LaidOut
 from pyro_em.graph.many_rows.given_rows import says_of_all
@@ -148,6 +149,8 @@ def on_other_data(
     if isinstance(given.model, GivenGaussians):
         run = given.model, given.args, given.kwargs, structure
         lines = lines_again(kept.lines, *run, graph, log.sites, bound=not given.look_only)
+        if graph.parted and not are_of_rows(lines):
+            return None  # it was run on some rows at a time, without their means
         alike = Alike() if found is None else found.alike(lines)
         graph = with_lines(given, structure, lines, graph, alike)
     if found is not None:

@@ -44,6 +44,24 @@ class Given:
         """The same model with other values of its latents."""
         return replace(self, values=values)
 
+    def on_rows(self, plate_dim: int, size: int, batch_dims: Mapping[str, int]) -> Self:
+        """The same with as many rows of its latents as data have that were cut; all rows are alike.
+
+        Args:
+            plate_dim: The dimension of the rows, from the right of the batch.
+            size: How many rows the data have.
+            batch_dims: How many batch dimensions the latents in the plate of the rows have.
+        """
+        values = dict(self.values)
+        for name, dims in batch_dims.items():
+            own = values.get(name)
+            if own is not None and own.shape[dims + plate_dim] > size:
+                values[name] = own.narrow(dims + plate_dim, 0, size).contiguous()
+        model = self.model
+        if isinstance(model, Given):
+            model = model.on_rows(plate_dim, size, batch_dims)
+        return replace(self, model=model, values=values)
+
 
 class GivenGaussians(Given):
     """A model whose Gaussian latents are at given values."""
@@ -55,20 +73,6 @@ class GivenConjugates(Given):
     """A model whose conjugate latents are at given values."""
 
     role = Role.CONJUGATE
-
-    def on_rows(self, plate_dim: int, size: int, batch_dims: Mapping[str, int]) -> Self:
-        """The same with as many rows of its latents as data have that were cut; all rows are alike.
-
-        Args:
-            plate_dim: The dimension of the rows, from the right of the batch.
-            size: How many rows the data have.
-            batch_dims: How many batch dimensions the latents in the plate of the rows have.
-        """
-        values = dict(self.values)
-        for name, dims in batch_dims.items():
-            if values[name].shape[dims + plate_dim] > size:
-                values[name] = values[name].narrow(dims + plate_dim, 0, size)
-        return self.at(values)
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,6 +29,7 @@ from pyro_em.updates.expectations.gaussian_rows import is_matrix
 _UNIQUENESS = 0.005  # of a coordinate's variance: below, its noise has vanished
 _SINGULAR = 1e-6  # of the largest eigenvalue of a covariance
 _RUN_OFF = 1e8  # of a shape, beyond which a distribution is its limit to eight digits
+_ROWS = 2**16  # whose values are added up at once
 _FEW = 16  # variances of which each is tried at zero
 
 
@@ -136,11 +137,15 @@ def _evidence_at(part: Part, values: Mapping[str, Tensor], trial: Trial) -> floa
 
 def _spread(program: Program, site: Group) -> tuple[Tensor, Tensor, Tensor]:
     """The number of rows, Σ (x − c) and Σ (x − c)² of each coordinate of a site. # (D,) each"""
-    rows = site.value.double().flatten(0, -2)
+    rows = site.value.flatten(0, -2)
     all_data = program.graph.all_data
     known = None if all_data is None else all_data.centres.get(site.members[0])
-    centred = rows - (rows.mean(0) if known is None else known.mean)
-    return torch.full_like(centred[0], len(rows)), centred.sum(0), centred.square().sum(0)
+    parts = rows.split(_ROWS)
+    centre = sum(p.double().sum(0) for p in parts) / len(rows) if known is None else known.mean
+    centred = (p.double() - centre for p in parts)
+    first, second = zip(*((c.sum(0), c.square().sum(0)) for c in centred), strict=True)
+    total, squares = torch.stack(first).sum(0), torch.stack(second).sum(0)
+    return torch.full_like(total, len(rows)), total, squares
 
 
 def _noises(program: Program) -> list[str]:

@@ -11,7 +11,7 @@ numbers; a few of them stand for all.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -303,13 +303,9 @@ def _width(block: GaussianBlock, rows: Sequence[Tensor]) -> int:
 
 def _chosen(block: GaussianBlock, wanted: int) -> list[list[Tensor]]:
     """Some blocks of unknowns, each as rows per site, with several times as many moments as wanted."""
-    layout = block.layout
-    order = torch.randperm(layout.blocks, generator=torch.Generator().manual_seed(0)).tolist()
-    largest = int(layout.block_sizes.argmax()) if layout.blocks else -1
     out: list[list[Tensor]] = []
     moments = 0
-    for number in (-1, largest, *order):
-        own = [(at == number).nonzero().reshape(-1) for at in layout.block_of_row]
+    for own in _of_blocks(block):
         own = _looked_at(block, own)
         seen = _width(block, own)
         if seen:
@@ -318,6 +314,23 @@ def _chosen(block: GaussianBlock, wanted: int) -> list[list[Tensor]]:
         if moments > 4 * wanted + 50:
             break
     return out
+
+
+def _of_blocks(block: GaussianBlock) -> Iterator[list[Tensor]]:
+    """The rows per site that are in no block of unknowns, in the largest, in others at random."""
+    generator = torch.Generator().manual_seed(0)
+    if block.of_a_row is not None:  # each block is that of a row
+        each = [math.prod(line.sizes[1:]) for line in block.lines]
+        order = torch.randperm(block.groups[0].sizes[0], generator=generator)
+        for i in range(-1, len(order)):
+            number = 0 if i < 0 else int(order[i])
+            yield [torch.arange(number * n, (number + 1) * n) for n in each]
+        return
+    layout = block.layout
+    order = torch.randperm(layout.blocks, generator=generator)
+    largest = int(layout.block_sizes.argmax()) if layout.blocks else -1
+    for number in (-1, largest, *order.tolist()):
+        yield [(at == number).nonzero().reshape(-1) for at in layout.block_of_row]
 
 
 def _looked_at(block: GaussianBlock, rows: Sequence[Tensor]) -> list[Tensor]:

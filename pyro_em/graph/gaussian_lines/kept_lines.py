@@ -24,7 +24,8 @@ from pyro_em.graph.enumerated import run_enumerated
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.gaussian_lines.jacobians import SiteJacobian, SitePlace
 from pyro_em.graph.gaussian_lines.lines import Line, Read, mean_at
-from pyro_em.graph.gaussian_lines.read_lines import random_values, read_lines
+from pyro_em.graph.gaussian_lines.lines_by_rows import lines_of
+from pyro_em.graph.gaussian_lines.read_lines import random_values
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.given import GivenGaussians
@@ -117,7 +118,7 @@ def lines_again(
     is_known = known and offsets_are_as_read(known, graph, sites, values_of(graph.parameters))
     if is_known and are_as_read(known, *run):
         return known
-    return read_lines(*run, bound=bound)
+    return lines_of(*run, bound=bound)
 
 
 def offsets_are_as_read(

@@ -36,7 +36,7 @@ from pyro_em.graph.many_rows.given_rows import (
 from pyro_em.graph.many_rows.row_products import with_row_products
 from pyro_em.graph.many_rows.slices import Slices, on_rows_of
 from pyro_em.graph.structure import Structure
-from pyro_em.tracing.given import GivenConjugates
+from pyro_em.tracing.given import Given
 from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.runs import Model, held_run
 from pyro_em.tracing.sites import Role
@@ -45,6 +45,8 @@ Sites = Mapping[str, Mapping[str, Any]]
 Read = Callable[[tuple, Structure, Sites | None], FactorGraph]
 
 _FEW = 64  # rows that are read by themselves
+
+_GIVEN = (Role.CONJUGATE, Role.GAUSSIAN)  # latents that have a value
 
 # Distributions of torch that compute numbers of all rows and components when a plate expands them.
 _COMPUTING = frozenset({"Beta", "Weibull"})
@@ -78,7 +80,7 @@ def by_rows(
     few = slices.spread(_FEW)
     try:
         args, structure = slices.at(few)
-        own = on_rows_of(model, structure) if isinstance(model, GivenConjugates) else model
+        own = on_rows_of(model, structure) if isinstance(model, Given) else model
         plain = None if looked is None else _plain(own, args, kwargs, structure, looked, few)
         alone = with_row_products(read(args, structure, plain), slices.plate)
         if not _depends_on_rows(alone, slices.plate, bound):
@@ -124,15 +126,15 @@ def _plain(
 def _depends_on_rows(graph: FactorGraph, plate: str, bound: bool) -> bool:
     """Whether some argument has a number for each row and value of a latent, and slices make up all.
 
-    Where conjugate latents are at their units a number for each row is enough.
+    Where continuous latents are at given values a number for each row is enough.
     """
     # Pyro puts labels and the values of a latent together, for each row and value.
     found = bool(graph.structure.clamped)
-    least = 0 if any(g.role is Role.CONJUGATE for g in graph.groups) else 1
+    least = 0 if any(g.role in _GIVEN for g in graph.groups) else 1
     for group in graph.groups:
         if group.raw is not None or group.value_binding is not None or group.nested is not None:
             return False
-        if len(group.members) != 1 or (bound and not group.is_static):
+        if len(group.members) != 1 or (bound and not _is_bound(group, graph)):
             return False
         dims = group.dims[0]
         if plate not in dims:
@@ -145,6 +147,13 @@ def _depends_on_rows(graph: FactorGraph, plate: str, bound: bool) -> bool:
             of_latents = t.shape[1 + group.n_plates : last]
             found |= t.shape[at] > 1 and max(of_latents, default=1) > least
     return found and not graph.missing
+
+
+def _is_bound(group: Group, graph: FactorGraph) -> bool:
+    """Whether bindings give all of a site, but for a mean whose line is bound apart."""
+    if group.members[0] in graph.structure.lines and "loc" in group.bindings:
+        group = replace(group, bindings={n: b for n, b in group.bindings.items() if n != "loc"})
+    return group.is_static
 
 
 class _Whole:

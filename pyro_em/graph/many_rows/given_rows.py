@@ -148,21 +148,50 @@ def _of_all(group: Group, given: Given, slices: Slices, values: Mapping[str, Ten
         return group
     at = 1 + group.dims[0].index(slices.plate)
     lead = 1 + group.n_plates
-    group = replace(group, bindings={n: _without_zeros(b, lead) for n, b in group.bindings.items()})
-
-    def whole(t: Tensor) -> Tensor:
-        one, shape = once_each(t.detach()), list(t.shape)
-        if shape[at] > 1:
-            shape[at] = slices.rows
-        if one.shape[at] == 1:
-            return one.expand(shape)
-        return given.find(one.movedim(at, 0)).movedim(0, at).expand(shape)
-
+    group = replace(group, bindings={n: without_zeros(b, lead) for n, b in group.bindings.items()})
+    if group.members[0] in slices.structure.lines:
+        group = _without_mean(group)
+    whole = in_all_rows(given, slices.rows, at)
     sizes = tuple(slices.rows if at == 1 + d else n for d, n in enumerate(group.sizes))
     return replace(mapped_group(group, whole, later=(at, values)), sizes=sizes)
 
 
-def _without_zeros(binding: Binding, lead: int) -> Binding:
+def _without_mean(group: Group) -> Group:
+    """A site without the mean at Gaussian latents of zero, in whose place its line's offset comes."""
+    loc = group.arguments["loc"]
+    nothing = loc.new_full((), torch.nan).expand(loc.shape)
+    binding = replace(group.bindings["loc"], constant=nothing)
+    return replace(
+        group,
+        arguments={**group.arguments, "loc": nothing},
+        bindings={**group.bindings, "loc": binding},
+    )
+
+
+def in_all_rows(given: Given, rows: int, at: int) -> Callable[[Tensor], Tensor]:
+    """What makes of a tensor of the few rows that of all rows.
+
+    Args:
+        given: The columns of a model's arguments.
+        rows: How many rows there are.
+        at: The dimension of the rows.
+
+    Returns:
+        A function, which raises `NotGiven` where numbers are none of those columns.
+    """
+
+    def whole(t: Tensor) -> Tensor:
+        one, shape = once_each(t.detach()), list(t.shape)
+        if shape[at] > 1:
+            shape[at] = rows
+        if one.shape[at] == 1:
+            return one.expand(shape)
+        return given.find(one.movedim(at, 0)).movedim(0, at).expand(shape)
+
+    return whole
+
+
+def without_zeros(binding: Binding, lead: int) -> Binding:
     """A binding whose Jacobians do not hold what a cell never reads, as those of many rows do not."""
     if binding.jacobians is None:
         return binding

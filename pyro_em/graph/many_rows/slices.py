@@ -7,17 +7,19 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_em.graph.structure import Structure
-from pyro_em.tracing.given import GivenConjugates
+from pyro_em.tracing.given import Given
 from pyro_em.tracing.sites import Role
 
 _MANY = 2**21  # cells of all rows from which on slices are worth it
+
+GAUSSIAN_ROWS = 2**17  # the same of rows with Gaussian latents, whatever their width
 
 _OFTEN = 16  # slices after which what is left of them is looked for
 
@@ -52,7 +54,7 @@ class Slices:
         args: tuple,
         kwargs: Mapping[str, Any],
         structure: Structure,
-        roles: Collection[Role] = (Role.DATA, Role.CONJUGATE),
+        roles: Collection[Role] = (Role.DATA, Role.CONJUGATE, Role.GAUSSIAN),
         many: int | None = None,
         most: int | None = None,
     ) -> Slices | None:
@@ -69,7 +71,7 @@ class Slices:
         plate = structure.data_plate
         if plate is None or structure.series is not None or structure.random_plates:
             return None
-        if structure.kept_values or structure.lines or structure.coupled:
+        if structure.kept_values or structure.coupled or not _are_of_rows(structure, plate):
             return None
         if len(structure.clamped) < len(structure.masked_pairs):
             return None
@@ -77,8 +79,10 @@ class Slices:
         cells = max(_cells_of_row(structure, name) for name in structure.sites)
         numbers = max(_numbers_of_row(structure, name, plate) for name in structure.sites)
         given = [i.role for i in structure.sites.values() if i.observed]
-        # At its unit a conjugate latent makes a number of each row of what is the same in all.
+        # At its unit a conjugate latent makes a number of each row of what is the same in all, and at
+        # zero a Gaussian one makes vectors.
         least = _MANY // 8 if Role.CONJUGATE in given else _MANY
+        least = GAUSSIAN_ROWS if Role.GAUSSIAN in given else least
         if numbers * rows < (many or least) or any(role not in roles for role in given):
             return None
         parted = 0
@@ -124,20 +128,36 @@ class Slices:
         return args, replace(self.structure, plates=plates, looked=None)
 
 
-def on_rows_of(model: GivenConjugates, structure: Structure) -> GivenConjugates:
-    """A model with as many rows of its conjugate latents as its data have, where these were cut.
+G = TypeVar("G", bound=Given)
+
+
+def on_rows_of(model: G, structure: Structure) -> G:
+    """A model with as many rows of its given latents as its data have, where these were cut.
 
     Args:
-        model: The model, whose conjugate latents are at their units.
+        model: The model, whose conjugate latents are at their units, its Gaussian ones at zero.
         structure: The skeleton of the model with the data at hand.
     """
     plate = structure.data_plate
     if plate is None:
         return model
-    sites = {n: structure.sites[n] for n in model.values if n in structure.sites}
+    given = (Role.CONJUGATE, Role.GAUSSIAN)
+    sites = {n: i for n, i in structure.sites.items() if i.role in given}
     batch_dims = {n: s.batch_dim for n, s in sites.items() if plate in s.plates}
     at = structure.plates[plate]
     return model.on_rows(at.dim, at.size, batch_dims)
+
+
+def _are_of_rows(structure: Structure, plate: str) -> bool:
+    """Whether Gaussian latents, if there are any, are each row's own, and none is conjugate."""
+    sites = structure.sites.values()
+    gaussian = [i for i in sites if i.role is Role.GAUSSIAN]
+    if not gaussian:
+        return not structure.lines
+    if structure.lines and not structure.lines_of_rows:
+        return False
+    beside = any(i.role is Role.CONJUGATE for i in sites)
+    return not beside and all(i.plates[:1] == (plate,) for i in gaussian)
 
 
 def _cells_of_row(structure: Structure, name: str) -> int:

@@ -12,7 +12,8 @@ same whatever n is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +39,8 @@ from pyro_em.updates.expectations.gaussian_rows import event_shape, rows_of
 from pyro_em.updates.expectations.statistics import Expectation
 from pyro_em.updates.m_step import MStepState, m_step
 from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, ParameterUpdate
+
+_ROWS = 2**16  # whose data are added up at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,16 +180,32 @@ def vectors_of(graph: FactorGraph) -> Vectors | None:
     """
     if graph.all_data is not None:
         return graph.all_data.vectors
-    x = own_vectors(graph)
-    if x is None or not bool(torch.isfinite(x).all()):
+    columns = _columns(graph)
+    if columns is None:
         return None
-    mean = x.mean(0)
-    centred = x - mean
-    return Vectors(len(x), mean, centred.mT @ centred)
+    rows = max(len(c) for c in columns)
+    total = sum(part.sum(0) for part in _in_parts(columns, rows))
+    assert isinstance(total, Tensor)
+    if not bool(torch.isfinite(total).all()):
+        return None
+    mean, scatter = total / rows, total.new_zeros(len(total), len(total))
+    for part in _in_parts(columns, rows):
+        centred = part - mean
+        scatter += centred.mT @ centred
+    return Vectors(rows, mean, scatter)
 
 
 def own_vectors(graph: FactorGraph) -> Tensor | None:
     """All observed entries of each row at hand; None where rows are not all alike. # (rows, D)"""
+    columns = _columns(graph)
+    if columns is None:
+        return None
+    (out,) = _in_parts(columns, max(len(c) for c in columns), math.inf)
+    return out
+
+
+def _columns(graph: FactorGraph) -> list[Tensor] | None:
+    """The same site by site, of one row where all are the same. # (rows or 1, width) each"""
     block = graph.groups[0].nested if len(graph.groups) == 1 else None
     if not isinstance(block, GaussianBlock) or not are_alike(block):
         return None
@@ -194,8 +213,14 @@ def own_vectors(graph: FactorGraph) -> Tensor | None:
     if not data:
         return None
     rows = block.groups[0].sizes[0]
-    parts = [rows_of(g, g.value)[0].to(torch.float64) for g in data]
-    return torch.cat([p.expand(rows, -1) for p in parts], -1)
+    return [rows_of(g, g.value)[0].expand(rows, -1) for g in data]
+
+
+def _in_parts(columns: Sequence[Tensor], rows: int, most: float = _ROWS) -> Iterator[Tensor]:
+    """Some rows at a time, in double precision. # (part, D) each"""
+    for begin in range(0, rows, int(min(most, rows))):
+        own = slice(begin, int(min(begin + most, rows)))
+        yield torch.cat([c[own].to(torch.float64) for c in columns], -1)
 
 
 def form_of_rows(graph: FactorGraph) -> dict[str, Any]:
@@ -258,10 +283,13 @@ def _with_equal_sums(x: Vectors, root: Tensor) -> tuple[Tensor, float]:
 
 def _root(graph: FactorGraph, x: Vectors) -> Tensor:
     """R with RᵀR = S, of the rows themselves where they are at hand, which rounds less. # (D, D)"""
-    own = own_vectors(graph) if graph.all_data is None else None
-    if own is not None:
-        return torch.linalg.qr(own - x.mean)[1]
-    return root_of(x.scatter)
+    columns = _columns(graph) if graph.all_data is None else None
+    if columns is None:
+        return root_of(x.scatter)
+    root = x.scatter.new_zeros(0, len(x.mean))
+    for part in _in_parts(columns, x.rows):
+        root = torch.linalg.qr(torch.cat([root, part - x.mean]), mode="r")[1]
+    return root
 
 
 def root_of(scatter: Tensor) -> Tensor:

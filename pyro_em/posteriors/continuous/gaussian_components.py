@@ -249,7 +249,7 @@ def _too_dear(block: GaussianBlock, limit: int) -> Finding:
     return _finding(
         block,
         f"site '{next(iter(block.latents))}'",
-        f"{matrices}, the largest of {block.core or block.layout.largest} unknowns; the budget is "
+        f"{matrices}, the largest of {block.core or block.largest} unknowns; the budget is "
         f"max_enumeration={limit:,}.",
     )
 

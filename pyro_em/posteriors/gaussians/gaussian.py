@@ -27,6 +27,7 @@ from pyro_em.posteriors.gaussians.coordinates import (
 from pyro_em.posteriors.gaussians.gaussian_layout import BlockLayout
 from pyro_em.posteriors.gaussians.integrated import Blocks, Integrated, Solution
 from pyro_em.posteriors.gaussians.linear_gaussian import solve
+from pyro_em.posteriors.gaussians.own_rows import MANY, own_rows
 from pyro_em.posteriors.gaussians.site_forms import SiteForm, Term
 from pyro_em.posteriors.gaussians.site_rows import SiteNumbers
 from pyro_em.tracing.sites import Role
@@ -95,21 +96,28 @@ class GaussianBlock:
     @property
     def kind(self) -> str:
         """What the E-step works on, in words."""
-        largest, core = self.layout.largest, self.core
+        largest, core = self.largest, self.core
         shown = f"{largest} unknown{'s' * (largest > 1)} in the largest block"
         return f"{shown}, all but {core} eliminated side by side" if core else shown
 
     @property
     def core(self) -> int:
         """How many unknowns the largest matrix is about that is left once leaves are eliminated."""
+        if self.of_a_row is not None:
+            return 0
         return self.layout.core if isinstance(self.layout, BlockLayout) else 0
+
+    @property
+    def largest(self) -> int:
+        """How many unknowns the largest of those that belong together are."""
+        return (self.of_a_row or self.layout).largest
 
     @property
     def dense(self) -> int:
         """Unknown numbers of the largest matrix without zeros that an E-step factors."""
-        if not isinstance(self.layout, BlockLayout):
+        if self.of_a_row is None and not isinstance(self.layout, BlockLayout):
             return 0
-        return self.core or self.layout.largest
+        return self.core or self.largest
 
     @property
     def unknowns(self) -> int:
@@ -131,18 +139,36 @@ class GaussianBlock:
 
     @cached_property
     def _dense(self) -> BlockLayout:
+        return self._layout_of([torch.Size(line.sizes).numel() for line in self.lines])
+
+    def _layout_of(self, rows: Sequence[int]) -> BlockLayout:
+        """How the unknowns of the first rows of each site lie."""
         forms = []
-        for group, line in zip(self.groups, self.lines, strict=True):
-            terms = tuple(Term(self.numbers_of_sites[r.latent], r.elements) for r in line.reads)
-            rows = torch.Size(line.sizes).numel()
+        for group, line, own in zip(self.groups, self.lines, rows, strict=True):
+            terms = tuple(
+                Term(self.numbers_of_sites[r.latent], r.elements[:own]) for r in line.reads
+            )
             width = event_shape(group).numel()
-            forms.append(SiteForm(line.site, rows, width, group.role is Role.GAUSSIAN, terms))
+            forms.append(SiteForm(line.site, own, width, group.role is Role.GAUSSIAN, terms))
         return BlockLayout.of(forms, self.groups[0].value.device)
+
+    @cached_property
+    def of_a_row(self) -> BlockLayout | None:
+        """How the unknowns of a row lie, where each of many has its own, all in one block."""
+        first = self.groups[0]
+        if type(self) is not GaussianBlock or not first.n_plates or first.sizes[0] < MANY:
+            return None
+        if own_rows(self.groups, self.lines) is None:
+            return None
+        found = self._layout_of([math.prod(line.sizes[1:]) for line in self.lines])
+        return None if found.leaves or found.blocks != 1 else found
 
     def over(self, plates: tuple[str, ...], sizes: tuple[int, ...]) -> GaussianBlock:
         """The same block with a table over some plates; its layout is not computed again."""
         out = replace(self, plates=plates, sizes=sizes)
-        vars(out)["_dense"] = self._dense
+        for name in ("_dense", "of_a_row"):
+            if name in vars(self):
+                vars(out)[name] = vars(self)[name]
         return out
 
     def with_groups(self, groups: tuple[Group, ...]) -> GaussianBlock:
@@ -155,6 +181,8 @@ class GaussianBlock:
     @property
     def cost(self) -> int:
         """Numbers in the matrices of one E-step."""
+        if self.of_a_row is not None:
+            return math.prod(self.states) * self.groups[0].sizes[0] * self.largest**2
         if self._dense.leaves:
             return math.prod(self.states) * self._dense.matrix_size
         sizes = torch.as_tensor(self._dense.block_sizes, dtype=torch.float64)
@@ -316,8 +344,10 @@ def elements_of_blocks(block: GaussianBlock, plates: Sequence[str]) -> tuple[Ten
 
     A row outside the plates, which reads latents by index, belongs where these do.
     """
-    layout = block.layout
     device = block.groups[0].value.device
+    if block.of_a_row is not None and list(plates) == [block.groups[0].dims[0][0]]:
+        return torch.arange(block.groups[0].sizes[0], device=device), ""
+    layout = block.layout
     if not plates:  # their only element
         return torch.zeros(layout.blocks, dtype=torch.long, device=device), ""
     low = torch.full((layout.blocks,), torch.iinfo(torch.long).max, device=device)

@@ -8,13 +8,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
-
 from pyro_em.graph.factors import Group
 from pyro_em.graph.gaussian_lines.lines import Line
 from pyro_em.graph.many_rows.given_rows import slice_of
 from pyro_em.posteriors.gaussians.gaussian import GaussianBlock
+from pyro_em.posteriors.gaussians.own_rows import own_rows
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.expectations.gaussian_rows import event_shape
 
@@ -40,17 +38,8 @@ class GaussianSlices:
         first = block.groups[0]
         if type(block) is not GaussianBlock or not first.n_plates or not block.plates:
             return None
-        plate, rows = first.dims[0][0], first.sizes[0]
-        if block.plates[0] != plate or rows < 2:
+        if block.plates[0] != first.dims[0][0] or own_rows(block.groups, block.lines) is None:
             return None
-        for group, line in zip(block.groups, block.lines, strict=True):
-            if len(group.members) > 1 or not group.n_plates or group.dims[0][0] != plate:
-                return None
-            for read in line.reads:
-                latent = block.groups[block.numbers_of_sites[read.latent]]
-                inner = latent.sizes[1 : latent.n_plates]
-                if not _is_straight(read.elements, rows, math.prod(inner)):
-                    return None
         return cls(block)
 
     def part(self, rows: slice) -> GaussianBlock:
@@ -75,13 +64,6 @@ def width_of(block: GaussianBlock) -> int:
 def _of_row(group: Group) -> int:
     """How many numbers a row has of a site."""
     return math.prod(group.sizes[1 : group.n_plates]) * event_shape(group).numel()
-
-
-def _is_straight(elements: Tensor, rows: int, inner: int) -> bool:
-    """Whether each row reads elements of its own, and in the same order as the first row does."""
-    own = elements.reshape(rows, -1)
-    begins = torch.arange(rows, device=own.device).unsqueeze(-1) * inner
-    return bool((own - begins == own[:1]).all()) and bool((own[0] < inner).all())
 
 
 def _line_of(line: Line, rows: int) -> Line:
