@@ -92,8 +92,8 @@ class Structure(Portable):
         series: How its loops are read over index tensors, where they are
             (`pyro_em.graph.vectorised_loops.series.Unrolling`).
         lines: Sites whose mean is bound apart, as it reads Gaussian latents.
-        lines_of_rows: Whether bindings give all of these means, and each row of many reads latents of
-            its own, as the first one does.
+        lines_of_rows: Whether bindings give all of these means, and each row reads latents of its own,
+            as the first one does.
         joined: Latents outside plates whose values the model may take together once they are
             enumerated: that run has to agree with plain ones at several of them.
     """

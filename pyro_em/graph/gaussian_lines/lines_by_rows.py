@@ -30,8 +30,9 @@ from pyro_em.graph.gaussian_lines.predictions import unlike
 from pyro_em.graph.gaussian_lines.read_lines import hidden, random_values, read_lines
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.many_rows.given_rows import Given, NotGiven, in_all_rows, without_zeros
-from pyro_em.graph.many_rows.slices import GAUSSIAN_ROWS, Slices, on_rows_of
+from pyro_em.graph.many_rows.slices import Slices, on_rows_of
 from pyro_em.graph.structure import Structure
+from pyro_em.tracing.freed import return_freed_memory
 from pyro_em.tracing.given import GivenGaussians
 from pyro_em.tracing.parameters import at_moved, values_of
 from pyro_em.tracing.runs import Run
@@ -65,9 +66,9 @@ def lines_of(
 
 
 def are_of_rows(lines: Mapping[str, Line]) -> bool:
-    """Whether each of many rows reads latents of its own, as the first row does, in static lines."""
+    """Whether each row reads latents of its own, as the first row does, in static lines."""
     rows = {line.sizes[:1] for line in lines.values()}
-    if len(rows) != 1 or not (size := rows.pop()) or size[0] < GAUSSIAN_ROWS:
+    if len(rows) != 1 or not (size := rows.pop()) or size[0] < 2:
         return False
     inner = {name: math.prod(line.sizes[1:]) for name, line in lines.items()}
     return all(
@@ -97,6 +98,7 @@ def _by_rows(
     model: GivenGaussians, kwargs: dict[str, Any], slices: Slices
 ) -> dict[str, Line] | None:
     """The lines of all rows; None where a few rows and the arguments do not tell them."""
+    return_freed_memory(a for a in slices.args if isinstance(a, Tensor))
     few = slices.spread(_FEW)
     try:
         args, structure = slices.at(few)
