@@ -37,6 +37,7 @@ from pyro_em.graph.many_rows.row_products import with_row_products
 from pyro_em.graph.many_rows.slices import Slices, on_rows_of
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.given import Given
+from pyro_em.tracing.missing import Missing
 from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.runs import Model, held_run
 from pyro_em.tracing.sites import Role
@@ -85,7 +86,8 @@ def by_rows(
         alone = with_row_products(read(args, structure, plain), slices.plate)
         if not _depends_on_rows(alone, slices.plate, bound):
             return None
-        given = of_given_rows(alone, few, slices) if bound else None
+        # Where entries are missing, others stand in their place than the model was given.
+        given = of_given_rows(alone, few, slices) if bound and not alone.missing else None
         if given is not None and is_of_all(given, slices, numbers):
             return given
         if given_only:
@@ -146,7 +148,7 @@ def _depends_on_rows(graph: FactorGraph, plate: str, bound: bool) -> bool:
             last = None if group.role is Role.LATENT else 1 + len(group.sizes)
             of_latents = t.shape[1 + group.n_plates : last]
             found |= t.shape[at] > 1 and max(of_latents, default=1) > least
-    return found and not graph.missing
+    return found and (not graph.missing or bool(graph.structure.lines))
 
 
 def _is_bound(group: Group, graph: FactorGraph) -> bool:
@@ -168,11 +170,16 @@ class _Whole:
         self.first, self.slices = first, slices
         self.values = values_of(first.parameters)
         self.filled: dict[tuple[int, int], Tensor] = {}
+        self.missing: list[tuple[Missing, ...]] = []
 
     def take(self, graph: FactorGraph, rows: slice) -> bool:
         """Take in what a slice says; whether it is of the form of the first one."""
         if len(graph.groups) != len(self.first.groups):
             return False
+        kinds = ([(m.site, m.whole) for m in own.missing] for own in (graph, self.first))
+        if next(kinds) != next(kinds):
+            return False
+        self.missing.append(graph.missing)
         for g, (own, first) in enumerate(zip(graph.groups, self.first.groups, strict=True)):
             if own.members != first.members or own.dims != first.dims:
                 return False
@@ -231,7 +238,13 @@ class _Whole:
             sizes = tuple(self.slices.rows if at == 1 + d else n for d, n in enumerate(group.sizes))
             groups.append(replace(mapped_group(group, whole, self._later(group)), sizes=sizes))
         structure, plate = self.slices.structure, self.slices.plate
-        return replace(self.first, structure=structure, groups=tuple(groups), parted=plate)
+        missing = tuple(
+            replace(m[0], entries=sum(p.entries for p in m), of=sum(p.of for p in m))
+            for m in zip(*self.missing, strict=True)
+        )
+        return replace(
+            self.first, structure=structure, groups=tuple(groups), parted=plate, missing=missing
+        )
 
     def is_at(self, graph: FactorGraph, rows: Tensor, alone: FactorGraph) -> bool:
         """Whether a graph says of some rows what they say by themselves."""
