@@ -103,7 +103,7 @@ def sliced(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
         (factors, "n"),
         (two_sites, "n"),
         (slopes, "n"),
-        (bent, ""),
+        (bent, "n"),
         (centred, ""),
         (neighbours, ""),
     ],
