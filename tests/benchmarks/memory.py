@@ -277,6 +277,11 @@ def _factor_data(rows: int) -> tuple[Tensor, ...]:
     return x, W + 0.3
 
 
+def _gaps_data(rows: int) -> tuple[Tensor, ...]:
+    x, start = _factor_data(rows)
+    return x.masked_fill_(torch.rand(rows, WIDTH) < 0.1, torch.nan), start
+
+
 def _labelled_data(rows: int) -> tuple[Tensor, ...]:
     x, start = _clusters(rows)
     return x, torch.randint(COMPONENTS, (rows,)), torch.rand(rows) < 0.1, start
@@ -329,6 +334,7 @@ MODELS: dict[str, tuple[str, Callable[..., None], Callable[[int], Any], dict[str
     "grouped": ("Gaussians, weights by group", grouped, _grouped_data, {}),
     "means": ("Gaussians of one number, means by group", means, _grouped_data, {}),
     "factors": ("factor analysis, 4 factors", factors, _factor_data, {}),
+    "gaps": ("factor analysis, a tenth missing", factors, _gaps_data, {"missing": "nan"}),
     "experts": ("experts, weights read covariates", experts, _regressed, {}),
     "experts-again": ("the same, fitted once more on the same data", experts, _regressed, {}),
     "classes": ("latent classes with covariates", classes, _classes_data, {}),
