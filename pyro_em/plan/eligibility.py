@@ -7,7 +7,7 @@ sums, the contraction of the factor graph iterates, which serves every model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -284,7 +284,7 @@ def needs_more_than_sums(
     for g, group in enumerate(graph.groups):
         if g in medians:  # their rows keep the responsibilities, or the block says why not
             continue
-        found = _no_sums(graph, updates, exact, g, group)
+        found = _no_sums(graph, updates, exact, climbed, g, group)
         if found is not None:
             return Finding(f"site '{group.members[0]}'", found)
     return None
@@ -294,6 +294,7 @@ def _no_sums(
     graph: FactorGraph,
     updates: Mapping[str, ParameterUpdate],
     exact: Mapping[str, ParameterUpdate],
+    climbed: Collection[str],
     g: int,
     group: Group,
 ) -> str | None:
@@ -311,6 +312,8 @@ def _no_sums(
     dispersed = dispersed_at(g, group, graph.parameters) if is_predicted else None
     for argument, binding in group.bindings.items():
         if binding.how in ("constant", "selection", "computed"):
+            continue
+        if not set(binding.params).isdisjoint(climbed):  # any function of parameters serves
             continue
         is_line = binding.how in ("affine", "bilinear") and argument == "loc"
         is_line = is_line or (dispersed is not None and argument in dispersed.bindings)

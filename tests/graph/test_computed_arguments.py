@@ -22,7 +22,7 @@ from pyro_em import Chunks, ExactPosteriorEM, vectorized_markov
 from pyro_em.tracing.tape import Recorder
 
 K, STEPS = 3, 5
-WAYS = ("sticks", "order", "network", "tanh")
+WAYS = ("sticks", "order", "steps", "network", "tanh")
 NET = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).double()
 RUNS: list[str] = []
 
@@ -41,6 +41,9 @@ def _means(way: str) -> Tensor:
         first = pyro.param("first", torch.tensor(-2.0).double())
         gaps = pyro.param("gaps", torch.full((K - 1,), 2.0).double().log())
         return torch.cat([first.reshape(1), first + gaps.exp().cumsum(0)])
+    if way == "steps":  # affine in parameters, which a constraint bounds
+        steps = pyro.param("steps", torch.full((K,), 2.0).double(), constraint=C.positive)
+        return steps.cumsum(0) - 4
     if way == "network":
         pyro.module("net", NET)
         return NET(pyro.param("code", torch.linspace(-1, 1, 2 * K).double().reshape(K, 2)))[:, 0]

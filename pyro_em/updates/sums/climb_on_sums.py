@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_em.errors import Handover
 from pyro_em.families.family import Statistics, expected_log_density
-from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.decisions.decision import groups_reached
@@ -29,8 +29,6 @@ from pyro_em.updates.sums.summed_objective import is_told_by_sums
 from pyro_em.updates.update import Gradient, ParameterUpdate
 
 Values = Mapping[str, Tensor]
-
-_READ = ("constant", "selection", "computed")  # bindings of arguments that no row changes
 
 
 class Evaluator(Protocol):
@@ -55,9 +53,14 @@ def climbs(graph: FactorGraph, update: ParameterUpdate) -> bool:
         group.role is not Role.POINT
         and not group.edges
         and is_told_by_sums(group, group.arguments)
-        and all(b.how in _READ for b in group.bindings.values())
+        and not any(_differs(group, name) for name in group.bindings)
         for group in reached
     )
+
+
+def _differs(group: Group, name: str) -> bool:
+    """Whether an argument differs between elements of plates, of which sums know nothing."""
+    return any(n > 1 for n in group.outlines[name].shape[1 : 1 + group.n_plates])
 
 
 @dataclass(frozen=True, eq=False)
