@@ -23,7 +23,7 @@ from pyro_em.posteriors.continuous.table_rows import TableSlices
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.exact import exact_posterior
 
-_CELLS = 2**20  # numbers of a part, those of its data for each cell included
+_CELLS = 2**19  # numbers of a part, those of its data for each cell included
 
 
 def posterior_by_rows(

@@ -19,7 +19,7 @@ from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.enumeration import contraction_of
 from pyro_em.posteriors.sampling import Codes, Conditional, Conditionals, conditionals, levels_of
 
-_CELLS = 2**20  # numbers of a part, those of its data for each cell included
+_CELLS = 2**19  # numbers of a part, those of its data for each cell included
 
 
 @dataclass(frozen=True, eq=False)

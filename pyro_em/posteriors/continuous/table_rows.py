@@ -114,7 +114,12 @@ class TableSlices:
         groups = [slice_of(group, rows) for group in self.graph.groups]
         for g, slices in self.blocks.items():
             groups[g] = replace(groups[g], nested=slices.part(rows))
-        return replace(self.graph, groups=tuple(groups))
+        structure = self.graph.structure
+        plate = structure.plates[structure.data_plate or ""]
+        plates = {**structure.plates, plate.name: replace(plate, size=rows.stop - rows.start)}
+        return replace(
+            self.graph, groups=tuple(groups), structure=replace(structure, plates=plates)
+        )
 
 
 def _slices_of(block: Nested) -> RowSlices | GaussianSlices | None:
